@@ -1,0 +1,19 @@
+"""quantwire: a ComfyUI node pack that wires quantization into generation graphs.
+
+`NODE_CLASS_MAPPINGS` and `NODE_DISPLAY_NAME_MAPPINGS` are made at first access, so that importing the package costs
+nothing and works without ComfyUI, in any test layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import nodes
+
+        return getattr(nodes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

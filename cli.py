@@ -1,0 +1,173 @@
+"""Command line: `quantwire run`, `quantwire convert`, `quantwire formats`.
+
+Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
+one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .quantizers.errors import FileError, OffloadConflict, QuantwireError
+
+OK, BAD_INPUT, BLOCKED, NODE_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
+STATUS = {OK: "ok", BAD_INPUT: "bad input", BLOCKED: "blocked", NODE_FAILED: "node failed", INTERRUPTED: "interrupted"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    if not args.debug:
+        # Its import reports optional kernels that are absent, and its int8 layer every cast to float16.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    report: dict[str, Any] = {}
+    try:
+        code = args.handler(args, report)
+        error = None
+    except KeyboardInterrupt:
+        code, error = INTERRUPTED, None
+        print("Interrupted.", file=sys.stderr)
+    except Exception as err:  # the boundary: every failure becomes a message and an exit code
+        code, error = _exit_code(err), err
+        _print_error(err, args.debug)
+    if getattr(args, "json", None) is not None:
+        _write_json(args.json, {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report})
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quantwire", description=__doc__.splitlines()[0] if __doc__ else None)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", parents=[common], help="run a workflow in API form without ComfyUI")
+    run.add_argument("workflow", type=Path, metavar="WORKFLOW.json")
+    run.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="NODE.INPUT=VALUE",
+        help="change an input; NODE is an id, a title or a node type that occurs once",
+    )  # fmt: skip
+    run.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where images go (default: out)")
+    run.add_argument("--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's")
+    run.add_argument("--json", type=Path, metavar="REPORT", help="write a machine-readable report")
+    run.set_defaults(handler=_run)
+
+    convert = commands.add_parser("convert", parents=[common], help="quantize a model file into a GGUF file")
+    convert.add_argument("source", type=Path, metavar="IN.safetensors")
+    convert.add_argument("target", type=Path, metavar="OUT.gguf")
+    convert.add_argument("--type", required=True, metavar="TYPE", help="GGUF type, such as Q8_0 or Q4_0")
+    convert.set_defaults(handler=_convert)
+
+    formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
+    formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")
+    formats.set_defaults(handler=_formats)
+    return parser
+
+
+def _run(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    from . import nodes
+    from .hosts import use
+    from .hosts.standalone.core_nodes import CORE_NODES
+    from .hosts.standalone.executor import Executor, Interrupted
+    from .hosts.standalone.host import StandaloneHost
+    from .hosts.standalone.progress import TqdmListener
+    from .hosts.standalone.workflow import apply_overrides, load_workflow
+
+    classes = {**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS}
+    for folder in args.models or []:
+        if not folder.is_dir():
+            raise FileError(f"--models: '{folder}' is not a folder.")
+    with use(StandaloneHost(args.models, args.out)):
+        prompt = apply_overrides(load_workflow(args.workflow), args.overrides, classes)
+        try:
+            result = Executor(classes, TqdmListener()).run(prompt)
+        except Interrupted:
+            print("Interrupted.", file=sys.stderr)
+            return INTERRUPTED
+    report |= {"outputs": result.outputs, "timings_s": result.timings_s, "cached": result.cached}
+    for node_id, ui in result.outputs.items():
+        for image in ui.get("images", []):
+            folder = args.out if image["type"] == "output" else args.out / "temp"
+            print(folder / image["subfolder"] / image["filename"])
+        for text in ui.get("text", []):
+            print(f"[{prompt.nodes[node_id].title or prompt.nodes[node_id].class_type}] {text}")
+    return OK
+
+
+def _convert(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    from tqdm import tqdm
+
+    from .quantizers.files.checkpoint import read_safetensors
+    from .quantizers.files.gguf_writer import write_gguf
+    from .quantizers.spec import QuantSpec
+
+    if args.target.suffix != ".gguf":
+        raise FileError(f"'{args.target.name}': the target of this version's convert is a .gguf file.")
+    spec = QuantSpec.from_uri(f"gguf;type={args.type.lower()}")
+
+    def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(items, total=total, unit="tensor", disable=None)
+
+    print(write_gguf(args.target, read_safetensors(args.source).tensors, spec, bar))  # type: ignore[arg-type]
+    return OK
+
+
+def _formats(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    from .quantizers.registry import availability, format_ids, get_entry
+
+    states = {format_id: availability(format_id) for format_id in format_ids()}
+    if args.json is not None:
+        args.json = None  # a plain list on standard output, not the report of `run`
+        rows = [
+            {"id": f, "works": s.works, "reason": s.reason, "remedy": s.remedy, "version": s.version}
+            for f, s in states.items()
+        ]
+        print(json.dumps(rows, indent=2))
+        return OK
+    for format_id, state in states.items():
+        entry = get_entry(format_id)
+        verdict = f"works here ({state.version})" if state.works else f"does not run: {state.reason} {state.remedy}"
+        print(f"{format_id:22} {entry.bits:>4g} bit  {verdict}\n{'':32}{entry.summary}")
+    return OK
+
+
+def _exit_code(err: BaseException) -> int:
+    if isinstance(err, OffloadConflict):
+        return BLOCKED
+    return BAD_INPUT if isinstance(err, QuantwireError) else NODE_FAILED
+
+
+def _print_error(err: BaseException, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(err)
+    text = str(err).strip() or type(err).__name__
+    place = getattr(err, "node_place", None)
+    where = f"{place}: " if place is not None and not text.startswith(str(place)) else ""
+    print(f"{type(err).__name__}: {where}{text}", file=sys.stderr)
+
+
+def _error_json(err: BaseException | None) -> dict[str, Any] | None:
+    if err is None:
+        return None
+    place = getattr(err, "node_place", None)
+    node = {"id": place.node_id, "title": place.title, "class_type": place.class_type} if place is not None else None
+    return {"type": type(err).__name__, "message": str(err), "node": node}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

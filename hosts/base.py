@@ -1,0 +1,58 @@
+"""What the pack's nodes need from a host: open files, look into model objects, put quantized layers into a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..quantizers.apply import NativeMaker
+from ..quantizers.compat.modes import Carrier, OffloadMode
+from ..quantizers.report import QuantReport
+
+
+class Host(Protocol):
+    """A model object (MODEL, CLIP) is opaque to nodes; only its host looks inside."""
+
+    name: str
+
+    def list_files(self, folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+        """Names of the files in a model folder such as `diffusion_models`, all search paths together, sorted."""
+        ...
+
+    def resolve(self, folder: str, name: str) -> Path:
+        """Path of a file in a model folder.
+
+        Raises:
+            FileError: names the folders searched and the files there.
+        """
+        ...
+
+    def components(self, model: Any) -> dict[str, nn.Module]:
+        """The modules that hold the weights of a model object: `transformer`, or `clip_l`, `t5xxl`, ..."""
+        ...
+
+    def with_layers(self, model: Any, layers: Mapping[str, Mapping[str, nn.Module]]) -> Any:
+        """A new model object in which the named layers of the named components are replaced.
+
+        The input keeps its layers; unchanged weights are shared.
+        """
+        ...
+
+    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        """A MODEL from a GGUF file, its quantized tensors left as they are in the file."""
+        ...
+
+    def native_makers(self) -> Mapping[str, NativeMaker]:
+        """Makers of library layers that need the host's own libraries, by backend name."""
+        ...
+
+    def offload_mode(self) -> OffloadMode:
+        """What the host does now."""
+        ...
+
+    def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
+        """Iterate with a progress bar; raises the host's interruption exception when cancelled."""
+        ...

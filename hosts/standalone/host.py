@@ -1,0 +1,106 @@
+"""The embedded host: folders, model objects on diffusers modules, no offloading."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...quantizers.apply import NativeMaker
+from ...quantizers.compat.modes import Carrier, OffloadMode
+from ...quantizers.errors import FileError, near
+from ...quantizers.report import QuantReport
+from ..modules import with_layers
+
+PACK_ROOT = Path(__file__).resolve().parents[2]
+# ComfyUI's folder names, and the older names that it still searches.
+ALIASES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+
+
+class StandaloneHost:
+    """The host of `quantwire run`.
+
+    Args:
+        models: folders laid out as ComfyUI's `models` folder, searched in order; default: `QUANTWIRE_MODELS` (several
+            paths separated as in PATH), `./models`, and the demo models of a source checkout.
+        output: where SaveImage and PreviewImage write.
+    """
+
+    name = "standalone"
+
+    def __init__(self, models: Sequence[Path] | None = None, output: Path = Path("out")) -> None:
+        self.models = list(models) if models else default_model_folders()
+        self.output = output
+
+    def list_files(self, folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+        found: set[str] = set()
+        for root in self._roots(folder):
+            paths = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found |= {p.relative_to(root).as_posix() for p in paths if not suffixes or p.suffix in suffixes}
+        return sorted(found)
+
+    def resolve(self, folder: str, name: str) -> Path:
+        for root in self._roots(folder):
+            path = (root / name).resolve()
+            if path.is_file() and path.is_relative_to(root.resolve()):
+                return path
+        files = self.list_files(folder)
+        searched = ", ".join(str(root) for root in self._roots(folder)) or f"no '{folder}' folder in {self._shown()}"
+        there = ", ".join(files[:20]) or "nothing"
+        raise FileError(f"'{name}' is not in {searched}.{near(name, files)}\nFiles there: {there}.")
+
+    def components(self, model: Any) -> dict[str, nn.Module]:
+        from .models import DiffusionModel
+
+        if isinstance(model, DiffusionModel):
+            return {"transformer": model.transformer}
+        return {name: encoder.module for name, encoder in model.encoders.items()}
+
+    def with_layers(self, model: Any, layers: Mapping[str, Mapping[str, nn.Module]]) -> Any:
+        from .models import DiffusionModel
+
+        if isinstance(model, DiffusionModel):
+            return model.with_transformer(with_layers(model.transformer, layers["transformer"]))
+        encoders = {
+            name: dataclasses.replace(encoder, module=with_layers(encoder.module, layers.get(name, {})))
+            for name, encoder in model.encoders.items()
+        }
+        return dataclasses.replace(model, encoders=encoders)
+
+    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .models import load_gguf
+
+        return load_gguf(path, carrier, self.native_makers(), self.progress)
+
+    def native_makers(self) -> Mapping[str, NativeMaker]:
+        from .native_gguf import make_gguf_linear
+
+        return {"gguf": make_gguf_linear}
+
+    def offload_mode(self) -> OffloadMode:
+        return OffloadMode.NONE
+
+    def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
+        from .progress import progress
+
+        with progress(total, "") as bar:
+            for item in items:
+                yield item
+                bar.update(1)
+
+    def _roots(self, folder: str) -> list[Path]:
+        names = ALIASES.get(folder, (folder,))
+        return [root / name for root in self.models for name in names if (root / name).is_dir()]
+
+    def _shown(self) -> str:
+        return ", ".join(str(m) for m in self.models)
+
+
+def default_model_folders() -> list[Path]:
+    """`QUANTWIRE_MODELS`, `./models`, and the demo models when the pack runs from a source checkout."""
+    given = [Path(p) for p in os.environ.get("QUANTWIRE_MODELS", "").split(os.pathsep) if p]
+    return [*given, Path("models"), PACK_ROOT / "demo" / "models"]

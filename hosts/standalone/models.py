@@ -1,0 +1,181 @@
+"""MODEL, CLIP and VAE of the embedded host: immutable objects around diffusers and transformers modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quantizers.apply import NativeMaker
+from ...quantizers.compat.modes import Carrier
+from ...quantizers.errors import FileError
+from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
+from ...quantizers.plan import sensitive_reason
+from ...quantizers.registry import require
+from ...quantizers.report import Entry, QuantReport
+from ...quantizers.weight import QuantizedLinear, QuantizedWeight
+from . import flux
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """MODEL: the transformer and what sampling must know of its family.
+
+    Attributes:
+        transformer: diffusers module in eval mode.
+        config: sizes read off the file.
+        source: file name, for messages.
+    """
+
+    transformer: nn.Module
+    config: flux.FluxConfig
+    source: str
+
+    @property
+    def shift_mu(self) -> float:
+        """Exponential time shift of the noise schedule; schnell-type models (no guidance) have none."""
+        return flux.SHIFT_MU if self.config.guidance else 0.0
+
+    def with_transformer(self, transformer: nn.Module) -> DiffusionModel:
+        return dataclasses.replace(self, transformer=transformer)
+
+    def __str__(self) -> str:
+        c = self.config
+        return f"FLUX {c.double_blocks}+{c.single_blocks} blocks, hidden {c.hidden}, from {self.source}"
+
+
+def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> DiffusionModel:
+    """Open a full-precision FLUX file in ComfyUI's key layout.
+
+    Args:
+        path: `.safetensors` file.
+        dtype: compute dtype; None takes the file's own.
+    Raises:
+        FileError: not such a file, or one that holds quantized weights.
+    """
+    checkpoint = read_checkpoint(path)
+    if any(isinstance(v, QuantizedWeight) for v in checkpoint.tensors.values()):
+        raise FileError(f"{path.name}: holds GGUF-quantized weights.\nLoad it with the LoadGGUF node.")
+    tensors = _flux_tensors(checkpoint)
+    dtype = dtype or _dtype_of(tensors, path)
+    transformer, _ = _assemble(tensors, checkpoint, dtype, Carrier.QUANTWIRE, {})
+    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name)
+
+
+def load_gguf(
+    path: Path, carrier: Carrier, makers: Mapping[str, NativeMaker], progress: Any = None
+) -> tuple[DiffusionModel, QuantReport]:
+    """Open a FLUX GGUF file; block-quantized tensors stay in their blocks, plain ones become bfloat16.
+
+    Raises:
+        FileError: not a GGUF file, damaged, or of a family that the embedded host does not have.
+    """
+    start = time.perf_counter()
+    checkpoint = read_checkpoint(path)
+    if "general.architecture" not in checkpoint.metadata:
+        raise FileError(f"{path.name}: not a GGUF file.\nLoad it with the UNETLoader node.")
+    tensors = _flux_tensors(checkpoint)
+    transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, makers, progress)
+    types = sorted({v.format_id for v in tensors.values() if isinstance(v, QuantizedWeight)})
+    report = QuantReport(path.name, ", ".join(types) or "plain tensors only", carrier.value, entries=entries)
+    report.seconds = time.perf_counter() - start
+    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name), report
+
+
+def _flux_tensors(checkpoint: Checkpoint) -> dict[str, flux.Value]:
+    tensors = flux.comfy_names(checkpoint.tensors)
+    if not flux.is_flux(tensors):
+        seen = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise FileError(
+            f"{checkpoint.path.name}: not a FLUX transformer in ComfyUI's key layout (it has {seen}, ...).\n"
+            "The embedded host runs FLUX-layout models; run other families in ComfyUI."
+        )
+    return tensors
+
+
+def _dtype_of(tensors: Mapping[str, flux.Value], path: Path) -> torch.dtype:
+    dtype = next(v.dtype for n, v in tensors.items() if n == "double_blocks.0.img_attn.qkv.weight")  # type: ignore[union-attr]
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise FileError(f"{path.name}: its weights are {dtype}; the embedded host opens float32, float16 and bfloat16.")
+    return dtype
+
+
+def _assemble(
+    tensors: Mapping[str, flux.Value],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    carrier: Carrier,
+    makers: Mapping[str, NativeMaker],
+    progress: Any = None,
+) -> tuple[nn.Module, list[Entry]]:
+    file = checkpoint.path.name
+    config = flux.config_of(tensors, file)
+    model = flux.build(config)
+    state: dict[str, Tensor] = {}
+    quantized: dict[str, QuantizedWeight] = {}
+    used: set[str] = set()
+    for row in flux.key_map(config):
+        if row.source not in tensors:
+            raise FileError(f"{file}: tensor '{row.source}' is missing.")
+        used.add(row.source)
+        value = flux.select_rows(tensors[row.source], row)
+        if isinstance(value, QuantizedWeight):
+            quantized[row.target.removesuffix(".weight")] = value
+        else:
+            state[row.target] = value.to(dtype)
+    _check_complete(model, state, quantized, file, set(tensors) - used)
+    model.load_state_dict(state, strict=False, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    entries = [
+        Entry(n, "keep", sensitive_reason(n.removesuffix(".weight")) or "plain in the file", v.nbytes, v.nbytes)
+        for n, v in state.items()
+    ]
+    for name, weight in _iterate(quantized, progress):
+        _install(model, name, weight, state.get(f"{name}.bias"), carrier, makers)
+        entries.append(Entry(f"{name}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes))
+    return model, entries
+
+
+def _iterate(quantized: dict[str, QuantizedWeight], progress: Any) -> Iterable[tuple[str, QuantizedWeight]]:
+    return progress(list(quantized.items()), len(quantized)) if progress else quantized.items()
+
+
+def _install(
+    model: nn.Module,
+    name: str,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    carrier: Carrier,
+    makers: Mapping[str, NativeMaker],
+) -> None:
+    require(weight.format_id)
+    if carrier is Carrier.LIBRARY:
+        layer = makers["gguf"](weight, bias)
+    else:
+        layer = QuantizedLinear(weight, bias).eval()
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _check_complete(
+    model: nn.Module, state: Mapping[str, Tensor], quantized: Mapping[str, Any], file: str, unused: set[str]
+) -> None:
+    for name, parameter in model.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer in quantized:
+            found = quantized[layer].orig_shape
+        elif name in state:
+            found = tuple(state[name].shape)
+        else:
+            raise FileError(f"{file}: nothing for parameter '{name}'.")
+        if tuple(parameter.shape) != found:
+            raise FileError(f"{file}: '{name}' has shape {found}, expected {tuple(parameter.shape)}.")
+    if unused:
+        raise FileError(f"{file}: {len(unused)} unknown tensors, such as '{min(unused)}'.")

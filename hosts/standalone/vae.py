@@ -1,0 +1,82 @@
+"""VAE of the embedded host: TAESD-type decoders (TAEF1, the demo's own) on diffusers' AutoencoderTiny."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quantizers.errors import FileError
+from ...quantizers.files.checkpoint import read_checkpoint
+
+PREFIX = "taesd_decoder."
+UPSCALE = 8
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A decoder and the file's map from raw latents to its input: (latent - shift) * scale."""
+
+    decoder: nn.Module
+    scale: float
+    shift: float
+    latent_channels: int
+    source: str
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, H, W) raw latent -> (B, 8H, 8W, 3) float32 image in [0, 1].
+
+        Raises:
+            FileError: the latent has another number of channels.
+        """
+        if latent.shape[1] != self.latent_channels:
+            raise FileError(
+                f"{self.source}: decodes {self.latent_channels}-channel latents, got {latent.shape[1]} channels."
+            )
+        dtype = next(self.decoder.parameters()).dtype
+        x = (latent.to(torch.float32) - self.shift) * self.scale
+        image: Tensor = self.decoder(x.to(dtype))  # in [-1, 1]
+        return ((image.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+def load_vae(path: Path) -> Vae:
+    """Open a TAESD-type file in ComfyUI's layout (`taesd_decoder.N....`); its encoder part is not needed.
+
+    Raises:
+        FileError: another kind of VAE, or a damaged file.
+    """
+    from diffusers import AutoencoderTiny
+
+    tensors = read_checkpoint(path).tensors
+    first = tensors.get(PREFIX + "1.weight")
+    if not isinstance(first, Tensor):
+        raise FileError(
+            f"{path.name}: not a TAESD-type VAE (no '{PREFIX}1.weight').\n"
+            "The embedded host decodes with these; use other VAEs in ComfyUI."
+        )
+    # ComfyUI's layer 0 is the clamp, which diffusers applies outside its layer list.
+    state: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(PREFIX):
+            number, rest = name.removeprefix(PREFIX).split(".", 1)
+            state[f"layers.{int(number) - 1}.{rest}"] = tensor
+    width, channels = first.shape[:2]
+    sizes = (width,) * 4
+    with torch.device("meta"):
+        tiny: Any = AutoencoderTiny(
+            latent_channels=channels, encoder_block_out_channels=sizes, decoder_block_out_channels=sizes
+        )
+    try:
+        tiny.decoder.load_state_dict(state, assign=True)
+    except RuntimeError as err:
+        raise FileError(f"{path.name}: not TAESD's decoder: {str(err).splitlines()[1].strip()}") from err
+    return Vae(
+        tiny.decoder.requires_grad_(False).eval(),
+        float(tensors.get("vae_scale", torch.tensor(1.0))),  # type: ignore[arg-type]
+        float(tensors.get("vae_shift", torch.tensor(0.0))),  # type: ignore[arg-type]
+        channels,
+        path.name,
+    )

@@ -1,0 +1,19 @@
+"""bitsandbytes >= 0.46 (MIT): LLM.int8, NF4 and FP4.
+
+Int8: row i of the weight is `qdata[i] * absmax[i] / 127`. Activations are quantized row by row too, except the columns
+in which any value exceeds the threshold (default 6.0), which are multiplied in 16 bits (LLM.int8, arXiv:2208.07339).
+4-bit: the flattened weight in blocks of 64; value = codebook[nibble] * absmax[block], even index in the high nibble
+(QLoRA, arXiv:2305.14314); with double quantization the absmax are themselves 8-bit, in blocks of 256.
+
+The arithmetic is the library's own operators on plain tensors (`int8_scaled_mm`, `gemm_4bit`). `Linear4bit` and
+`Linear8bitLt` are made by `to_native` only.
+"""
+
+from __future__ import annotations
+
+from .four_bit import BnbFourBit
+from .int8 import BnbInt8
+
+
+def make(format_id: str) -> BnbInt8 | BnbFourBit:
+    return BnbInt8() if format_id == "bnb-int8" else BnbFourBit(format_id.removeprefix("bnb-"))

@@ -1,0 +1,134 @@
+"""bnb-nf4 and bnb-fp4: see the package docstring."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base import Availability, Quantizer
+from ...errors import SpecError
+from ...weight import QuantizedWeight, TensorMeta, refuse_full_precision_load
+from ..probing import probe_package, sample_weight
+
+if TYPE_CHECKING:
+    from ...spec import QuantSpec
+
+INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint4 or gguf-q4-0."
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+
+class BnbFourBit(Quantizer):
+    def __init__(self, quant_type: str) -> None:
+        self.quant_type = quant_type
+        self.format_id = f"bnb-{quant_type}"
+
+    def probe(self) -> Availability:
+        def try_it() -> Tensor:
+            from ...spec import QuantSpec
+
+            return self.dequantize(self.quantize(sample_weight(), QuantSpec(self.format_id)), torch.float32)
+
+        return probe_package("bitsandbytes", (0, 46), INSTALL, try_it)
+
+    def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
+        if len(t.shape) != 2:
+            return f"shape {t.shape} is not (N, K)"
+        if t.shape[1] % 2:
+            return f"K={t.shape[1]} is odd, and two values share a byte"
+        return None
+
+    def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
+        blocks = math.ceil(t.numel / BLOCK_SIZE)
+        packed = math.ceil(t.numel / 2)
+        if not spec.option("bits4-use-double-quant", False):
+            return packed + 4 * blocks
+        return packed + blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + 4 * 256 + 4
+
+    def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
+        """qdata (N*K/2, 1) uint8; absmax (blocks,) float32, or uint8 with nested_absmax, nested_code and offset."""
+        import bitsandbytes.functional as F
+
+        nested = bool(spec.option("bits4-use-double-quant", False))
+        qdata, state = F.quantize_4bit(
+            w.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type=self.quant_type
+        )
+        tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": state.absmax}
+        if nested:
+            tensors |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
+        meta = {"compute_dtype": spec.option("bits4-compute-dtype", None)}
+        return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
+
+    def _state(self, q: QuantizedWeight, dtype: torch.dtype) -> Any:
+        import bitsandbytes.functional as F
+
+        t = q.tensors
+        state2 = offset = None
+        if "nested_absmax" in t:
+            state2 = F.QuantState(
+                absmax=t["nested_absmax"], blocksize=NESTED_BLOCK_SIZE, code=t["nested_code"], dtype=torch.float32
+            )
+            offset = t["offset"]
+        return F.QuantState(
+            absmax=t["absmax"],
+            shape=torch.Size(q.orig_shape),
+            code=F.get_4bit_type(self.quant_type, device=t["absmax"].device),
+            blocksize=BLOCK_SIZE,
+            quant_type=self.quant_type,
+            dtype=dtype,
+            offset=offset,
+            state2=state2,
+        )
+
+    def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes.functional as F
+
+        return F.dequantize_4bit(q.tensors["qdata"], self._state(q, dtype))
+
+    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        import bitsandbytes as bnb
+
+        compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else x.dtype
+        bias = None if bias is None else bias.to(compute)
+        out = bnb.matmul_4bit(x.to(compute), q.tensors["qdata"], bias=bias, quant_state=self._state(q, compute))
+        return out.to(x.dtype)
+
+    def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        """`Linear4bit` on the same packed bytes.
+
+        On AVX512-BF16 machines the library repacks its weights at the first forward, which it can do only for N
+        divisible by 32 and K divisible by 64; other shapes keep the plain path here.
+        """
+        import bitsandbytes as bnb
+
+        n, k = q.orig_shape
+        compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else None
+        layer: Any = bnb.nn.Linear4bit(
+            k, n, bias=bias is not None, compute_dtype=compute, quant_type=self.quant_type, device="meta"
+        )
+        data = q.tensors["qdata"].clone()
+        if data.dtype != torch.uint8:
+            raise SpecError(f"{self.format_id}: qdata is {data.dtype}, expected uint8.")
+        state = self._state(q.with_tensors({key: t.clone() for key, t in q.tensors.items()}), q.orig_dtype)
+        layer.weight = bnb.nn.Params4bit(
+            data,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=state.nested,
+            quant_type=self.quant_type,
+            module=layer,
+            bnb_quantized=True,
+        )
+        layer.quant_state = state
+        if n % 32 or k % 64:
+            layer.support_avx512bf16_for_cpu = False
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *rest: refuse_full_precision_load(state, prefix, self.format_id)
+        )
+        return layer.eval()

@@ -1,0 +1,101 @@
+"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0 made here, every type of gguf's Python code read.
+
+A row of K values is K/32 blocks (K/256 for the K-quants), each a few scale bytes and the packed values; `qdata` is the
+file's own bytes, (N, bytes a row) uint8, so rows can be cut and reordered without touching a value.
+
+Q8_0 block: float16 d, 32 int8; value = d * q. Q4_0 block: float16 d, 16 bytes; byte j holds value j in its low nibble
+and value j + 16 in its high one; value = d * (nibble - 8). Layouts: ggml-org/ggml ggml-common.h.
+
+Quantizing is gguf's own numpy code. Q8_0 and Q4_0 are dequantized here with torch operations, bit-equal to gguf's in
+float32; the other types go through gguf's numpy, which is right but slow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...base import Availability, Quantizer
+from ...weight import QuantizedWeight, TensorMeta
+from ..probing import probe_package, sample_weight
+
+if TYPE_CHECKING:
+    from ...spec import QuantSpec
+
+INSTALL = "Run `pip install gguf`, or choose a bnb or quanto format."
+
+
+def make(format_id: str) -> Gguf:
+    return Gguf(format_id)
+
+
+class Gguf(Quantizer):
+    def __init__(self, format_id: str) -> None:
+        self.format_id = format_id
+        self.type_name = format_id.removeprefix("gguf-").upper().replace("-", "_")  # Q8_0
+
+    def probe(self) -> Availability:
+        def try_it() -> Tensor:
+            from ...spec import QuantSpec
+
+            return self.dequantize(self.quantize(sample_weight(), QuantSpec(self.format_id)), torch.float32)
+
+        return probe_package("gguf", (0, 17), INSTALL, try_it)
+
+    def _sizes(self) -> tuple[Any, int, int]:
+        """(ggml type, values a block, bytes a block)."""
+        import gguf
+
+        ggml_type = gguf.GGMLQuantizationType[self.type_name]
+        return ggml_type, *gguf.GGML_QUANT_SIZES[ggml_type]
+
+    def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
+        if len(t.shape) != 2:
+            return f"shape {t.shape} is not (N, K)"
+        _, block, _ = self._sizes()
+        if t.shape[1] % block:
+            return f"K={t.shape[1]} is not a multiple of block size {block}"
+        return None
+
+    def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
+        _, block, nbytes = self._sizes()
+        return t.numel // block * nbytes
+
+    def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
+        """qdata (N, K / block * bytes a block) uint8."""
+        import gguf
+
+        ggml_type, _, _ = self._sizes()
+        packed = gguf.quants.quantize(w.detach().to("cpu", torch.float32).contiguous().numpy(), ggml_type)
+        qdata = torch.from_numpy(packed).to(w.device)
+        return QuantizedWeight(self.format_id, {"qdata": qdata}, tuple(w.shape), w.dtype)
+
+    def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        qdata = q.tensors["qdata"]
+        if self.type_name == "Q8_0":
+            return _dequantize_q8_0(qdata).reshape(q.orig_shape).to(dtype)
+        if self.type_name == "Q4_0":
+            return _dequantize_q4_0(qdata).reshape(q.orig_shape).to(dtype)
+        import gguf
+
+        ggml_type, _, _ = self._sizes()
+        values = torch.from_numpy(gguf.quants.dequantize(qdata.cpu().numpy(), ggml_type))
+        return values.reshape(q.orig_shape).to(qdata.device, dtype)
+
+
+def _dequantize_q8_0(qdata: Tensor) -> Tensor:
+    """(N, K/32*34) uint8 -> (N*K/32, 32) float32."""
+    blocks = qdata.reshape(-1, 34)
+    d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
+    return d * blocks[:, 2:].contiguous().view(torch.int8)
+
+
+def _dequantize_q4_0(qdata: Tensor) -> Tensor:
+    """(N, K/32*18) uint8 -> (N*K/32, 32) float32."""
+    blocks = qdata.reshape(-1, 18)
+    d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
+    packed = blocks[:, 2:]
+    nibbles = torch.cat([packed & 0xF, packed >> 4], dim=1).to(torch.int8) - 8
+    return d * nibbles

@@ -1,0 +1,68 @@
+"""The protocol that a backend implements, and what its probe answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import SpecError
+from .weight import QuantizedWeight, TensorMeta
+
+if TYPE_CHECKING:
+    from .spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a format can run here; `reason` and `remedy` are empty when it does."""
+
+    works: bool
+    reason: str = ""
+    remedy: str = ""
+    version: str = ""
+
+
+class Quantizer:
+    """Base of every format. A subclass sets `format_id`, implements the abstract methods and may override the rest.
+
+    Methods take and return plain tensors; they never modify their inputs.
+    """
+
+    format_id: str
+
+    def probe(self) -> Availability:
+        """Whether the library behind the format is here and runs. Never raises."""
+        raise NotImplementedError
+
+    def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
+        """Why this tensor cannot be quantized so, or None. Looks at name, shape and dtype only."""
+        return None
+
+    def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
+        """Bytes of the quantized tensors; equals `quantize(...).nbytes`."""
+        raise NotImplementedError
+
+    def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
+        """Quantize a finite (N, K) float32/float16/bfloat16 weight that `refuse` did not refuse."""
+        raise NotImplementedError
+
+    def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """The (N, K) weight in `dtype`, on the device of `q`."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """`x @ W.T + bias` for x (..., K), in the dtype of x."""
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, self.dequantize(q, x.dtype), bias)
+
+    def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        """The library's own layer on the same quantized values.
+
+        Raises:
+            SpecError: the library has no such layer, or not for this shape.
+        """
+        raise SpecError(f"{self.format_id}: its library has no linear layer of its own.\nUse carrier `quantwire`.")

@@ -1,0 +1,47 @@
+# Everything sets itself up in .venv. Python 3.11 is what the constraints were made with; PYTHON=... takes another.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Threads of OpenMP that spin while they wait slow a busy machine down: 100 times, measured with a training run beside.
+export OMP_WAIT_POLICY ?= PASSIVE
+TORCH := 2.13.0
+# A package index with CPU builds of torch, for machines whose default index has CUDA builds only.
+TORCH_INDEX ?=
+
+.PHONY: demo test test-slow test-comfyui lint types format bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python demo/run.py --out out/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/pyright
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/import_time.py --json out/bench/import_time.json
+
+# torch goes in first and pinned, the CPU build where one is offered; the constraints then hold it, so that no other
+# package can bring a CUDA build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH)"
+	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .compat.modes import Carrier
 from .errors import QuantwireError, SpecError, WeightError
 from .plan import Action, QuantPlan, Slot, make_plan
-from .registry import require
+from .registry import get_entry, require
 from .report import Entry, QuantReport, measure
 from .spec import QuantSpec
 from .weight import QuantizedLinear, QuantizedWeight, TensorMeta
@@ -22,6 +23,13 @@ log = logging.getLogger(__name__)
 
 NativeMaker = Callable[[QuantizedWeight, "Tensor | None"], nn.Module]
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Iterates over a work list and shows how far it is, as tqdm does."""
+
+    def __call__(self, items: Sequence[T], total: int, /) -> Iterable[T]: ...
 
 
 class OnFailure(str, Enum):
@@ -33,10 +41,9 @@ class OnFailure(str, Enum):
 
 def slots_of(model: nn.Module) -> list[Slot]:
     """Every parameter of a module as a planning slot, in definition order; shared parameters once."""
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [
-        Slot(TensorMeta(name, tuple(p.shape), p.dtype), name in linear) for name, p in model.named_parameters()
-    ]
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    linear = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+    return [Slot(TensorMeta(name, tuple(p.shape), p.dtype), name in linear) for name, p in model.named_parameters()]
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -50,8 +57,9 @@ def refuse_quantized(model: nn.Module) -> None:
     found = find_carriers(model)
     if found:
         first = found[0]
+        name = first.name or type(model).__name__
         raise WeightError(
-            f"'{first.name}': already quantized ({first.format_id}, {first.carrier.value} carrier).\n"
+            f"'{name}': already quantized ({first.format_id}, {first.carrier.value} carrier).\n"
             "Quantize the full-precision model instead; quantizing twice adds both errors."
         )
 
@@ -63,7 +71,7 @@ def quantize_linears(
     carrier: Carrier = Carrier.QUANTWIRE,
     on_failure: OnFailure = OnFailure.ERROR,
     native_makers: Mapping[str, NativeMaker] | None = None,
-    progress: Callable[[Iterable[object], int], Iterable[object]] | None = None,
+    progress: Progress | None = None,
     title: str = "model",
 ) -> tuple[dict[str, nn.Module], QuantReport]:
     """Make quantized replacements for the linear layers of a model. The model itself is not touched.
@@ -75,16 +83,16 @@ def quantize_linears(
         on_failure: ERROR stops at the first layer that cannot be quantized (before any work where the plan can tell);
             FULL_PRECISION leaves it as it is, with a warning in the log and in the report.
         native_makers: backend name -> maker of library layers that the quantizers cannot make themselves.
-        progress: wraps the work list, called as progress(items, total).
+        progress: wraps the work list.
         title: component name for messages.
     Returns:
         layer name -> new module (in eval mode), and the report.
     Raises:
         BackendUnavailable, SpecError, WeightError: as described.
     """
-    start = time.perf_counter()
     refuse_quantized(model)
     quantizer = require(spec.format_id)
+    start = time.perf_counter()  # after `require`, which may spend seconds on importing the library
     plan = make_plan(slots_of(model), spec, quantizer)
     if on_failure is OnFailure.ERROR:
         plan.raise_on_refusal()
@@ -95,11 +103,12 @@ def quantize_linears(
     _report_others(plan, report)
     work = plan.to_quantize
     for decision in progress(work, len(work)) if progress else work:
-        name = decision.meta.name  # type: ignore[attr-defined]
-        linear = model.get_submodule(name.removesuffix(".weight"))
+        name = decision.meta.name
+        layer = name.removesuffix(".weight")
+        linear = cast(nn.Linear, model.get_submodule(layer))
         try:
             weight, entry = quantize_tensor(name, linear.weight.data, spec)
-            layers[name.removesuffix(".weight")] = _make_layer(weight, linear.bias, carrier, native_makers)
+            layers[layer] = _make_layer(name, weight, linear.bias, carrier, native_makers)
             report.entries.append(entry)
         except QuantwireError as err:
             if on_failure is OnFailure.ERROR:
@@ -126,9 +135,7 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     refusal = quantizer.refuse(spec, meta)
     if refusal:
         raise SpecError(f"'{name}': {spec.format_id}: {refusal}.")
-    bad = int((~torch.isfinite(w)).sum())
-    if bad:
-        raise WeightError(f"'{name}': {bad} of {w.numel()} values are nan or inf.\nThe source file is damaged.")
+    check_finite(name, w)
     weight = quantizer.quantize(w, spec)
     restored = quantizer.dequantize(weight, torch.float32)
     if not bool(torch.isfinite(restored).all()):
@@ -136,13 +143,31 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     return weight, measure(name, "linear weight", w, restored, weight.nbytes)
 
 
+def check_finite(name: str, w: Tensor) -> None:
+    """Refuse nan and inf.
+
+    Raises:
+        WeightError: names the tensor and how many there are.
+    """
+    bad = int((~torch.isfinite(w)).sum())
+    if bad:
+        raise WeightError(f"'{name}': {bad} of {w.numel()} values are nan or inf.\nThe source file is damaged.")
+
+
 def _make_layer(
-    weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, native_makers: Mapping[str, NativeMaker] | None
+    name: str,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    carrier: Carrier,
+    native_makers: Mapping[str, NativeMaker] | None,
 ) -> nn.Module:
     if carrier is Carrier.QUANTWIRE:
         return QuantizedLinear(weight, bias).eval()
-    maker = (native_makers or {}).get(weight.format_id.partition("-")[0])
-    return maker(weight, bias) if maker else require(weight.format_id).to_native(weight, bias)
+    maker = (native_makers or {}).get(get_entry(weight.format_id).backend, require(weight.format_id).to_native)
+    try:
+        return maker(weight, bias)
+    except SpecError as err:
+        raise SpecError(f"'{name}': {err}") from err
 
 
 def _report_others(plan: QuantPlan, report: QuantReport) -> None:

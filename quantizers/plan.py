@@ -10,7 +10,7 @@ from enum import Enum
 
 from .base import Quantizer
 from .errors import SpecError
-from .registry import format_ids, get_quantizer
+from .registry import availability, format_ids, get_quantizer
 from .spec import QuantSpec
 from .weight import TensorMeta
 
@@ -20,10 +20,10 @@ from .weight import TensorMeta
 SENSITIVE: tuple[tuple[str, str], ...] = (
     (
         r"(^|\.)(img_in|txt_in|vector_in|time_in|guidance_in|x_embedder|context_embedder|time_text_embed|\w+_embedder"
-        r"|\w*patch_embed\w*|pos_embed\w*|time_embed\w*|time_projection|text_embedding|condition_embedder)(\.|$)",
+        r"|\w*patch_embed\w*|pos_embed\w*|time_embed\w*|time_projection|text_embedding|condition_embedder|\w+_emb)(\.|$)",
         "embedder",
     ),
-    (r"(^|\.)(\w*embeddings?|embed_tokens|shared|text_projection)(\.|$)", "embedding"),
+    (r"(^|\.)(\w*embeddings?|embed_tokens|shared|text_projection|relative_attention_bias)(\.|$)", "embedding"),
     (r"(^|\.)(\w*_mod|modulation|adaLN_modulation|norm\w*|\w+_norm|layer_norm\w*)(\.|$)", "norm or modulation"),
     (r"^(proj_out|final_layer|head|lm_head|norm_out)(\.|$)", "final layer"),
 )
@@ -74,9 +74,11 @@ class QuantPlan:
     def nbytes_out(self) -> int:
         return sum(d.nbytes_out for d in self.decisions)
 
-    def raise_on_refusal(self) -> None:
+    def raise_on_refusal(self, among: Sequence[str] | None = None) -> None:
         """Stop before any work if a tensor cannot be quantized as asked.
 
+        Args:
+            among: formats that may be suggested instead; default: all that can be made.
         Raises:
             SpecError: names the first tensor, the reason, and a format that would take all of the refused ones.
         """
@@ -84,8 +86,9 @@ class QuantPlan:
             return
         first = self.refused[0]
         more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
-        fits = [f for f in format_ids() if all(_fits(f, d.meta) for d in self.refused)]
-        other = f"Use {fits[0]}, or add" if fits else "Add"
+        candidates = format_ids() if among is None else among
+        fit = next((f for f in candidates if all(_fits(f, d.meta) for d in self.refused)), None)
+        other = f"Use {fit}, or add" if fit else "Add"
         raise SpecError(
             f"'{first.meta.name}': {first.reason}{more}.\n{other} the layer to the layers to keep (`exclude`)."
         )
@@ -103,8 +106,8 @@ def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> Q
     names = [_layer(s.meta.name) for s in slots if s.linear]
     for pattern in (*spec.include, *spec.exclude):
         if not any(matches(pattern, name) for name in names):
-            shown = ", ".join(names[:3])
-            raise SpecError(f"Pattern '{pattern}' matches none of the {len(names)} linear layers (such as {shown}).")
+            shown = f" (such as {', '.join(names[:3])})" if names else ""
+            raise SpecError(f"Pattern '{pattern}' matches none of the {len(names)} linear layers{shown}.")
     return QuantPlan(spec, tuple(_decide(slot, spec, quantizer) for slot in slots))
 
 
@@ -136,7 +139,11 @@ def sensitive_reason(layer: str) -> str | None:
 
 
 def matches(pattern: str, layer: str) -> bool:
-    """Glob over the whole dotted layer name, or any dotted part of it when the pattern has no wildcard."""
+    """Glob over the whole dotted layer name, or any dotted part of it when the pattern has no wildcard.
+
+    `.weight` at the end of a pattern is ignored, because messages and reports name tensors so.
+    """
+    pattern = _layer(pattern)
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(layer, pattern)
     return f".{pattern}." in f".{layer}."
@@ -151,7 +158,6 @@ def _layer(name: str) -> str:
 
 
 def _fits(format_id: str, meta: TensorMeta) -> bool:
-    try:
-        return get_quantizer(format_id).refuse(QuantSpec(format_id), meta) is None
-    except ImportError:  # a format whose library is missing is no way out
+    if get_quantizer(format_id).refuse(QuantSpec(format_id), meta) is not None:
         return False
+    return availability(format_id).works  # a format whose library is missing is no way out

@@ -42,13 +42,14 @@ class QuantReport:
     """Filled while a model is quantized or loaded.
 
     Attributes:
-        title: what was done, in a few words.
+        title: what the entries belong to: a component of a model, or a file.
         format_id: the format.
-        carrier: `quantwire` or `library`.
+        carrier: `quantwire` or `library`; empty for a file.
         uri: the spec as a URI.
         entries: one a tensor.
         warnings: everything that went otherwise than asked.
         seconds: wall time.
+        versions: of the packages that took part.
     """
 
     title: str
@@ -71,8 +72,7 @@ class QuantReport:
     @property
     def sqnr_db(self) -> float | None:
         """Over all quantized tensors together."""
-        noise = sum(e.noise for e in self.entries)
-        return 10 * math.log10(sum(e.signal for e in self.entries) / noise) if noise else None
+        return _ratio_db(sum(e.signal for e in self.entries), sum(e.noise for e in self.entries))
 
     def to_dict(self) -> dict[str, Any]:
         totals = {"nbytes_in": self.nbytes_in, "nbytes_out": self.nbytes_out, "sqnr_db": self.sqnr_db}
@@ -85,14 +85,16 @@ class QuantReport:
         """A few lines for the node: totals, what was kept and why, warnings."""
         done = [e for e in self.entries if e.action == "quantize"]
         kept = Counter(e.reason.removeprefix("sensitive: ") for e in self.entries if _kept_linear(e))
-        lines = [f"{self.title}: {len(done)} linear layers in {self.format_id} ({self.carrier} carrier)"]
+        carrier = f" ({self.carrier} carrier)" if self.carrier else ""
+        lines = [f"{self.title}: {len(done)} linear layers in {self.format_id}{carrier}"]
         if self.nbytes_in:
             share = 100 * self.nbytes_out / self.nbytes_in
             size = f"{self.nbytes_in / MIB:.2f} -> {self.nbytes_out / MIB:.2f} MiB ({share:.1f} %)"
             lines.append(f"weights {size}, {self.seconds:.2f} s")
-        if self.sqnr_db is not None:
-            worst = min(done, key=lambda e: math.inf if e.sqnr_db is None else e.sqnr_db)
-            lines.append(f"SQNR {self.sqnr_db:.1f} dB, worst {worst.sqnr_db:.1f} dB in {worst.name}")
+        rated = [(e.sqnr_db, e.name) for e in done if e.sqnr_db is not None]
+        if self.sqnr_db is not None and rated:
+            worst, name = min(rated)
+            lines.append(f"SQNR {self.sqnr_db:.1f} dB, worst {worst:.1f} dB in {name}")
         if kept:
             lines.append("kept at full precision: " + ", ".join(f"{n} {reason}" for reason, n in kept.items()))
         return "\n".join([*lines, *(f"WARNING: {w}" for w in self.warnings)])
@@ -121,10 +123,15 @@ def measure(name: str, reason: str, w: Tensor, restored: Tensor, nbytes_out: int
     error = w32 - restored.to(torch.float32)
     signal = float(w32.square().sum(-1).double().sum())
     noise = float(error.square().sum(-1).double().sum())
-    sqnr = 10 * math.log10(signal / noise) if noise and signal else None
     max_error = float(error.abs().max()) if error.numel() else 0.0
     nbytes_in = w.numel() * w.element_size()
-    return Entry(name, "quantize", reason, nbytes_in, nbytes_out, sqnr, max_error, signal, noise)
+    return Entry(name, "quantize", reason, nbytes_in, nbytes_out, _ratio_db(signal, noise), max_error, signal, noise)
+
+
+def _ratio_db(signal: float, noise: float) -> float | None:
+    """None where there is no finite ratio: an exact result, an all-zero weight, a sum beyond float32."""
+    ratio = signal / noise if noise else 0.0
+    return 10 * math.log10(ratio) if ratio and math.isfinite(ratio) else None
 
 
 def versions() -> dict[str, str]:

@@ -2,18 +2,17 @@
 
 The URI grammar is the one that dgenerate's users know: `backend;argument=value;argument=value`, for example
 `bnb;bits=4;bits4-quant-type=nf4;bits4-use-double-quant=true`. The backend's own arguments choose the format; the
-arguments `include` and `exclude` (comma-separated layer patterns) belong to every backend. A value with `;`, `=`, `,`
-or blanks stands in quotes. A bare format id (`bnb-nf4`) is a URI too.
+arguments `include` and `exclude` (comma-separated layer patterns) belong to every backend. A value with `;` stands in
+quotes. A bare format id (`bnb-nf4`) is a URI too.
 """
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import SpecError, near
-from .registry import get_entry
+from .registry import format_ids, get_entry
 
 SPEC_VERSION = 1
 
@@ -29,7 +28,7 @@ class Argument:
         default: value when absent; arguments at their default are left out of `to_uri`.
         choices: allowed words, or empty.
         kind: `word`, `bool`, `int` or `float`.
-        low, high: inclusive bounds of numbers.
+        low, high: inclusive bounds of a number; both or none.
         applies: format ids that use it; empty means all of the backend.
         effect: one sentence for help pages.
     """
@@ -57,14 +56,17 @@ class Argument:
             try:
                 number = int(text) if self.kind == "int" else float(text)
             except ValueError:
-                raise SpecError(f"{where} must be a number, got '{text}'.") from None
+                number_kind = "a whole number" if self.kind == "int" else "a number"
+                raise SpecError(f"{where} must be {number_kind}, got '{text}'.") from None
             if self.choices and str(number) not in self.choices:
                 raise SpecError(f"{where} must be {' or '.join(self.choices)}, got {number}.")
-            if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
+            # Written so that nan is refused too.
+            if self.low is not None and self.high is not None and not self.low <= number <= self.high:
                 raise SpecError(f"{where} must be between {self.low:g} and {self.high:g}, got {number:g}.")
             return number
         if text not in self.choices:
-            raise SpecError(f"{where} must be one of {', '.join(self.choices)}, got '{text}'.{near(text, self.choices)}")
+            valid = ", ".join(self.choices)
+            raise SpecError(f"{where} must be one of {valid}, got '{text}'.{near(text, self.choices)}")
         return text
 
 
@@ -97,7 +99,7 @@ class QuantSpec:
         format_id: registry id.
         include: patterns of layers to quantize even though the default rules keep them.
         exclude: patterns of layers to keep at full precision.
-        options: backend options as sorted (name, value) pairs; defaults are left out.
+        options: backend options as (name, value) pairs, checked, sorted, and without those at their default.
         version: of this structure, for files that hold it.
     """
 
@@ -109,15 +111,27 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         backend = get_entry(self.format_id).backend
-        for name, _ in self.options:
+        kept: dict[str, Any] = {}
+        for name, given in self.options:
             argument = _argument(backend, name)
+            if name in SELECTORS[backend]:
+                raise SpecError(f"{backend}: argument '{name}' is fixed by the format id '{self.format_id}'.")
+            value = argument.parse(backend, name, _text(given))
+            if value == argument.default:
+                continue
             if argument.applies and self.format_id not in argument.applies:
                 raise SpecError(
                     f"{backend}: argument '{name}' does not apply to {self.format_id}, only to "
                     f"{' and '.join(argument.applies)}."
                 )
+            kept[name] = value
+        object.__setattr__(self, "options", tuple(sorted(kept.items())))
+        for pattern in (*self.include, *self.exclude):
+            if not pattern or pattern != pattern.strip() or any(c in pattern for c in ",'\""):
+                raise SpecError(f"Layer pattern '{pattern}' is empty or holds a comma, a quote or outer blanks.")
 
     def option(self, name: str, default: Any) -> Any:
+        """The value of an option, or `default` where it was left at the backend's default."""
         return dict(self.options).get(name, default)
 
     @classmethod
@@ -133,12 +147,13 @@ class QuantSpec:
         lists: dict[str, tuple[str, ...]] = {}
         bare = backend not in ARGUMENTS
         if bare:
-            known = [*ARGUMENTS, *COMMON]
-            try:
-                entry = get_entry(backend)
-            except SpecError as err:
-                raise SpecError(f"Unknown backend or format '{backend}' in '{uri}'.{near(backend, known)}\n{err}") from None
-            backend = entry.backend
+            known = [*ARGUMENTS, *format_ids()]
+            if backend not in format_ids(writable=False):
+                raise SpecError(
+                    f"Unknown backend or format '{backend}' in '{uri}'.{near(backend, known)}\n"
+                    f"Backends: {', '.join(ARGUMENTS)}. Formats: {', '.join(format_ids())}."
+                )
+            backend = get_entry(backend).backend
         for part in parts:
             name, equals, text = part.partition("=")
             name, text = name.strip(), _unquote(text)
@@ -149,14 +164,11 @@ class QuantSpec:
             if name in COMMON:
                 lists[name] = tuple(item.strip() for item in text.split(",") if item.strip())
             elif bare and name in SELECTORS[backend]:
-                raise SpecError(f"{backend}: argument '{name}' contradicts the format id '{head.strip()}' in '{uri}'.")
+                raise SpecError(f"{backend}: argument '{name}' is fixed by the format id '{head.strip()}' in '{uri}'.")
             else:
                 given[name] = _argument(backend, name).parse(backend, name, text)
         format_id = head.strip() if bare else _format_of(backend, given)
-        arguments = ARGUMENTS[backend]
-        options = tuple(
-            sorted((k, v) for k, v in given.items() if k not in SELECTORS[backend] and v != arguments[k].default)
-        )
+        options = tuple((k, v) for k, v in given.items() if k not in SELECTORS[backend])
         return cls(format_id, lists.get("include", ()), lists.get("exclude", ()), options)
 
     def to_uri(self) -> str:
@@ -164,7 +176,10 @@ class QuantSpec:
         backend = get_entry(self.format_id).backend
         parts = [backend, *(f"{k}={_text(v)}" for k, v in _selectors_of(self.format_id))]
         parts += [f"{k}={_text(v)}" for k, v in self.options]
-        parts += [f"{k}={shlex.quote(','.join(v))}" for k, v in (("include", self.include), ("exclude", self.exclude)) if v]
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            if patterns:
+                text = ",".join(patterns)
+                parts.append(f"{name}='{text}'" if ";" in text else f"{name}={text}")
         return ";".join(parts)
 
 
@@ -172,7 +187,9 @@ def _argument(backend: str, name: str) -> Argument:
     arguments = ARGUMENTS[backend]
     if name not in arguments:
         valid = [*arguments, *COMMON]
-        raise SpecError(f"{backend}: unknown argument '{name}'.{near(name, valid)}\nValid arguments: {', '.join(valid)}.")
+        raise SpecError(
+            f"{backend}: unknown argument '{name}'.{near(name, valid)}\nValid arguments: {', '.join(valid)}."
+        )
     return arguments[name]
 
 
@@ -200,7 +217,8 @@ def _selectors_of(format_id: str) -> list[tuple[str, Any]]:
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at separators that stand outside quotes."""
-    parts, quote, current = [], "", ""
+    parts: list[str] = []
+    quote = current = ""
     for char in text:
         if quote:
             quote = "" if char == quote else quote
@@ -224,4 +242,4 @@ def _unquote(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")

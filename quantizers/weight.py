@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class TensorMeta:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # identity: tensors have no single truth value to compare with
 class QuantizedWeight:
     """One weight in one format, held as plain tensors.
 
@@ -64,6 +64,11 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
         object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mappingproxy can be neither copied nor pickled.
+        fields = (self.format_id, dict(self.tensors), self.orig_shape, self.orig_dtype, dict(self.meta))
+        return QuantizedWeight, fields
 
     @property
     def nbytes(self) -> int:
@@ -125,12 +130,19 @@ class QuantizedLinear(nn.Module):
                 return moved
             return t.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)  # pyright: ignore[reportArgumentType]
+        cast(Any, super())._apply(keep_dtype, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         refuse_full_precision_load(state_dict, prefix, self.format_id)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.tensor_names:
+            value, expected = state_dict.get(prefix + name), getattr(self, name).dtype
+            if isinstance(value, Tensor) and value.dtype != expected:
+                raise WeightError(
+                    f"'{prefix}{name}': dtype is {value.dtype}, expected {expected}.\n"
+                    f"{self.format_id} tensors are never cast: the values would change."
+                )
+        cast(Any, super())._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def refuse_full_precision_load(state_dict: Mapping[str, Any], prefix: str, format_id: str) -> None:
@@ -143,9 +155,22 @@ def refuse_full_precision_load(state_dict: Mapping[str, Any], prefix: str, forma
         WeightError: `state_dict` has a floating-point `prefix + "weight"`.
     """
     value = state_dict.get(prefix + "weight")
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize > 1:
+    if isinstance(value, Tensor) and value.is_floating_point():
         raise WeightError(
-            f"'{prefix}weight': full-precision values ({value.dtype}) cannot be loaded into {format_id} storage that is "
-            "already quantized; the result would be noise.\n"
+            f"'{prefix}weight': full-precision values ({value.dtype}) cannot be loaded into {format_id} storage, which "
+            "is already quantized; the result would be noise.\n"
             "Load the full-precision weights into the unquantized model first, then quantize it."
         )
+
+
+@dataclass(frozen=True)
+class FullPrecisionGuard:
+    """`refuse_full_precision_load` as a pre-hook of `load_state_dict`, for layers of a library.
+
+    A class and not a closure, so that a guarded layer can still be pickled.
+    """
+
+    format_id: str
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: object) -> None:
+        refuse_full_precision_load(state_dict, prefix, self.format_id)

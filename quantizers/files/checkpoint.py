@@ -1,28 +1,30 @@
-"""Read model files: names to plain tensors or quantized weights, with every fault of the file named.
+"""Read and write model files: names to plain tensors or quantized weights, with every fault of a file named.
 
-safetensors: 8 bytes little-endian header length, JSON header, data. GGUF: see ggml-org/ggml docs/gguf.md. Files of
-`torch.save` are refused: reading one may run code.
+Files of `torch.save` are refused: reading one may run code.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import mmap
 import os
-import struct
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..registry import format_ids
+from ..registry import format_ids, require
 from ..weight import QuantizedWeight
+from .gguf_header import MAGIC, GgufTensor, read_gguf_header
+from .safetensors_header import read_safetensors_header
 
-MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library itself
+ZIP_MAGIC = b"PK"
+PICKLE_MAGIC = b"\x80"  # then the protocol number, 2 to 5
+PLAIN_GGUF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Checkpoint:
     Attributes:
         path: where it came from.
         tensors: name -> Tensor, or QuantizedWeight for GGUF block types.
-        metadata: the file's own strings.
+        metadata: the file's own strings; of a GGUF file always with `general.architecture`, which may be empty.
     """
 
     path: Path
@@ -41,49 +43,23 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `.safetensors` or `.gguf` file by its content, whatever its name.
+    """Read a safetensors or GGUF file by its content, whatever its name.
 
     Raises:
         FileError: missing, truncated, corrupt or of another kind.
+        BackendUnavailable: a GGUF file, and the gguf package is missing.
     """
     head = _head(path)
-    if head[:4] == b"GGUF":
+    if head[:4] == MAGIC:
         return read_gguf(path)
-    if head[:2] == b"PK" or path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise FileError(f"{path.name}: a file of torch.save is not loaded, because reading one may run code.\n"
-                        "Convert it to safetensors first.")  # fmt: skip
-    return read_safetensors(path)
-
-
-def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header, checked against the size of the file; no tensor is read.
-
-    Raises:
-        FileError: not a safetensors file, or truncated.
-    """
-    size = path.stat().st_size if path.is_file() else -1
-    head = _head(path)
-    if len(head) < 8:
-        raise FileError(f"{path.name}: {max(size, 0)} bytes are too few for a safetensors file.")
-    (length,) = struct.unpack("<Q", head)
-    if length > MAX_HEADER_NBYTES or head[:1] == b"\0":
-        raise FileError(f"{path.name}: not a safetensors file (its header would have {length} bytes).")
-    if 8 + length > size:
-        raise FileError(f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}.")
-    with open(path, "rb") as file:
-        file.seek(8)
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as err:
-        raise FileError(f"{path.name}: corrupt safetensors header: {_first_line(err)}.") from err
-    expected = 8 + length + max(ends, default=0)
-    if expected > size:
+    # The length of a safetensors header may begin with the byte 0x80 too, but then zeros follow.
+    pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
+    if head[:2] == ZIP_MAGIC or pickled:
         raise FileError(
-            f"{path.name}: truncated: the tensors need {expected} bytes, the file has {size}.\nDownload it again."
+            f"{path.name}: a file of torch.save is not loaded, because reading one may run code.\n"
+            "Convert it to safetensors first."
         )
-    return header
+    return read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> Checkpoint:
@@ -92,79 +68,94 @@ def read_safetensors(path: Path) -> Checkpoint:
     Raises:
         FileError: missing, truncated or corrupt.
     """
-    from safetensors import SafetensorError, safe_open
+    import safetensors
 
-    read_safetensors_header(path)
+    header = read_safetensors_header(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping, no __iter__)
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as err:
+        with cast(Any, safetensors).safe_open(str(path), framework="pt") as file:
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in header if name != "__metadata__"}
+    except (safetensors.SafetensorError, OSError) as err:
         raise FileError(f"{path.name}: corrupt safetensors file: {_first_line(err)}.") from err
-    return Checkpoint(path, tensors, metadata)
+    return Checkpoint(path, tensors, header.get("__metadata__", {}))
 
 
 def read_gguf(path: Path) -> Checkpoint:
     """Read a GGUF file, memory-mapped; block types become `QuantizedWeight`s on the file's own bytes.
 
+    The map is copy-on-write: writing to a tensor changes neither the file nor crashes, as it would read-only.
+
     Raises:
         FileError: missing, truncated, corrupt, or with a tensor type that cannot be read.
         BackendUnavailable: the gguf package is missing.
     """
-    from ..registry import require
-
     require("gguf-q8-0")
     import gguf
 
-    if _head(path)[:4] != b"GGUF":
-        raise FileError(f"{path.name}: not a GGUF file (it does not begin with 'GGUF').")
-    try:
-        reader: Any = gguf.GGUFReader(str(path))
-        arch = reader.get_field("general.architecture")
-        metadata = {"general.architecture": str(arch.contents()) if arch is not None else ""}
-    except Exception as err:  # the reader raises ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError, ...
-        raise FileError(f"{path.name}: truncated or corrupt GGUF file: {_first_line(err)}.") from err
-    tensors = {str(t.name): _gguf_tensor(path, t) for t in reader.tensors}
-    return Checkpoint(path, tensors, metadata)
+    sizes = gguf.GGML_QUANT_SIZES
+    header = read_gguf_header(path, {int(t): (t.name, *sizes[t]) for t in gguf.GGMLQuantizationType if t in sizes})
+    for tensor in header.tensors:
+        if tensor.kind not in PLAIN_GGUF and _format_id(tensor) not in format_ids(writable=False):
+            raise FileError(f"{path.name}: {tensor.name!r} has GGUF type {tensor.kind}, which cannot be read here.")
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {t.name: _gguf_tensor(data, t) for t in header.tensors}
+    strings = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
+    return Checkpoint(path, tensors, {"general.architecture": "", **strings})
 
 
-def _gguf_tensor(path: Path, t: Any) -> Tensor | QuantizedWeight:
-    shape = tuple(int(n) for n in reversed(t.shape))
-    kind = str(t.tensor_type.name)
-    data = t.data  # a view of the memory map, which is opened read-only; torch warns, and nothing here writes
-    if int(t.n_bytes) != data.nbytes:
-        raise FileError(f"{path.name}: truncated: '{t.name}' needs {t.n_bytes} bytes, {data.nbytes} are there.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        raw = torch.from_numpy(data)
-    if kind in ("F32", "F16"):
-        return raw.reshape(shape)
-    if kind == "BF16":
-        return raw.view(torch.bfloat16).reshape(shape)
-    format_id = "gguf-" + kind.lower().replace("_", "-")
-    if format_id not in format_ids(writable=False):
-        raise FileError(f"{path.name}: '{t.name}' has GGUF type {kind}, which cannot be read here.")
-    return QuantizedWeight(format_id, {"qdata": raw.reshape(-1, raw.shape[-1])}, shape, torch.bfloat16)
+def _gguf_tensor(data: mmap.mmap, t: GgufTensor) -> Tensor | QuantizedWeight:
+    dtype = PLAIN_GGUF.get(t.kind)
+    if not t.nbytes:
+        return torch.empty(t.shape, dtype=dtype or torch.uint8)
+    raw = cast(Tensor, cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=t.nbytes, offset=t.start))
+    if dtype is not None:
+        return raw.view(dtype).reshape(t.shape)
+    rows = math.prod(t.shape[:-1])
+    return QuantizedWeight(_format_id(t), {"qdata": raw.reshape(rows, -1)}, t.shape, torch.bfloat16)
+
+
+def _format_id(t: GgufTensor) -> str:
+    return "gguf-" + t.kind.lower().replace("_", "-")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file: temporary name in the same folder, fsync, rename."""
-    from safetensors.torch import save_file
+    """Write a safetensors file.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Raises:
+        FileError: it cannot be written; a file that was there before is unchanged.
+    """
+    import safetensors.torch
+
+    def write(temporary: Path) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            cast(Any, safetensors.torch).save_file(contiguous, str(temporary), dict(metadata or {}))
+        except safetensors.SafetensorError as err:
+            raise FileError(f"{path}: cannot be written: {_first_line(err)}.") from err
+
+    replace_file(path, write)
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Give `path` new content in one step: `write` makes a temporary file beside it, which then takes its name.
+
+    On any failure, an interruption too, `path` stays as it was and the temporary file is removed.
+
+    Raises:
+        FileError: the file system refuses.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), dict(metadata or {}))
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Flush a finished temporary file to disk and give it its name."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "r+b") as file:  # writable, since Windows flushes no other file
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as err:
+        raise FileError(f"{path}: cannot be written: {err.strerror or err}.") from err
 
 
 def _head(path: Path) -> bytes:
@@ -178,4 +169,3 @@ def _head(path: Path) -> bytes:
 def _first_line(err: Exception) -> str:
     text = str(err).strip()
     return text.splitlines()[0].rstrip(".") if text else type(err).__name__
-

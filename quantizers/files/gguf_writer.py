@@ -1,86 +1,141 @@
 """Write a FLUX-layout GGUF file that ComfyUI-GGUF, diffusers and LoadGGUF read.
 
-Block types go to the linear weights that a plan would quantize; sensitive 2-D weights stay bfloat16 and vectors float32,
-as the files in circulation have them. One tensor is quantized at a time; the file appears under its name when it is
-whole.
+Block types go to the linear weights that a plan would quantize; sensitive 2-D weights stay bfloat16 and vectors
+float32, as the files in circulation have them. The plan gives every size before any work, so the header is written
+first and then one tensor at a time is quantized and written: beside the source, memory holds one tensor. The same input
+gives the same bytes, which is why no date and no versions stand in the metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..apply import quantize_tensor
-from ..errors import FileError
-from ..plan import Action, Slot, make_plan
-from ..registry import require
+from ..apply import FLOAT_DTYPES, Progress, check_finite, quantize_tensor
+from ..errors import FileError, SpecError, WeightError
+from ..plan import Action, Decision, QuantPlan, Slot, make_plan
+from ..registry import format_ids, get_entry, require
 from ..report import Entry, QuantReport
 from ..spec import QuantSpec
-from ..weight import TensorMeta
-from .checkpoint import publish
+from ..weight import QuantizedWeight, TensorMeta
+from .checkpoint import replace_file
 
 ARCHITECTURES = {"double_blocks.0.img_attn.qkv.weight": "flux"}
+PREFIX = "model.diffusion_model."
+FILE_TYPES = {"gguf-q8-0": 7, "gguf-q4-0": 2}  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q8_0 and _Q4_0
 
 
 def write_gguf(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | QuantizedWeight],
     spec: QuantSpec,
-    progress: Callable[[Iterable[object], int], Iterable[object]] | None = None,
+    progress: Progress | None = None,
 ) -> QuantReport:
     """Quantize a checkpoint into a GGUF file.
 
     Args:
         path: file to write; replaced only when the new one is complete.
-        tensors: full-precision checkpoint in ComfyUI's key layout.
+        tensors: full-precision checkpoint in ComfyUI's key layout. Of a checkpoint with text encoders and VAE
+            (`model.diffusion_model.` in front), only the diffusion model is written.
         spec: a gguf format.
     Raises:
-        FileError: an architecture that has no name here.
-        SpecError, WeightError: a tensor that cannot be quantized.
+        BackendUnavailable: the gguf package is missing.
+        FileError: an architecture that has no name here, or the file cannot be written.
+        SpecError, WeightError: a tensor that cannot be quantized; nan or inf in any tensor.
     """
-    require(spec.format_id)
-    import gguf
-
-    names = {n.removeprefix("model.diffusion_model."): t for n, t in tensors.items()}
-    arch = next((a for key, a in ARCHITECTURES.items() if key in names), None)
+    if get_entry(spec.format_id).backend != "gguf":
+        raise SpecError(f"A GGUF file cannot hold {spec.format_id}, only {', '.join(_gguf_ids())}.")
+    quantizer = require(spec.format_id)
+    start = time.perf_counter()
+    source = _diffusion_model(tensors)
+    arch = next((a for key, a in ARCHITECTURES.items() if key in source), None)
     if arch is None:
-        raise FileError(f"No GGUF architecture is known for these tensors ({', '.join(list(names)[:3])}, ...).")
-    slots = [Slot(TensorMeta(n, tuple(t.shape), t.dtype), t.ndim == 2 and n.endswith(".weight")) for n, t in names.items()]
-    plan = make_plan(slots, spec, require(spec.format_id))
-    plan.raise_on_refusal()
-    report = QuantReport(path.name, spec.format_id, uri=spec.to_uri())
-    kind = gguf.GGMLQuantizationType[spec.format_id.removeprefix("gguf-").upper().replace("-", "_")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(str(temporary), arch)
-    try:
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for decision in progress(plan.decisions, len(plan.decisions)) if progress else plan.decisions:
-            name = decision.meta.name  # type: ignore[attr-defined]
-            tensor = names[name]
-            if decision.action is Action.QUANTIZE:  # type: ignore[attr-defined]
-                weight, entry = quantize_tensor(name, tensor, spec)
-                writer.add_tensor(name, weight.tensors["qdata"].numpy(), raw_dtype=kind)
-                report.entries.append(entry)
-            elif tensor.ndim == 2:
-                raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-                writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-                report.entries.append(_kept(name, decision.reason, tensor, 2))  # type: ignore[attr-defined]
-            else:
-                writer.add_tensor(name, tensor.to(torch.float32).numpy())
-                report.entries.append(_kept(name, decision.reason, tensor, 4))  # type: ignore[attr-defined]
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        shown = ", ".join(list(source)[:3]) or "no tensors"
+        raise FileError(f"No GGUF architecture is known for these tensors ({shown}, ...).")
+    slots = [
+        Slot(TensorMeta(n, tuple(t.shape), t.dtype), t.ndim == 2 and n.endswith(".weight")) for n, t in source.items()
+    ]
+    plan = make_plan(slots, spec, quantizer)
+    plan.raise_on_refusal(_gguf_ids())
+    report = QuantReport(path.name, spec.format_id, carrier="", uri=spec.to_uri())
+    replace_file(path, lambda temporary: _write(temporary, arch, plan, source, report, progress))
+    report.seconds = time.perf_counter() - start
     return report
 
 
-def _kept(name: str, reason: str, tensor: Tensor, itemsize: int) -> Entry:
-    return Entry(name, "keep", reason, tensor.numel() * tensor.element_size(), tensor.numel() * itemsize)
+def _gguf_ids() -> list[str]:
+    return [f for f in format_ids() if get_entry(f).backend == "gguf"]
+
+
+def _diffusion_model(tensors: Mapping[str, Tensor | QuantizedWeight]) -> dict[str, Tensor]:
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    source: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            continue
+        if isinstance(tensor, QuantizedWeight):
+            raise WeightError(f"'{name}': already quantized ({tensor.format_id}).\nConvert the full-precision file.")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise WeightError(
+                f"'{name}': dtype is {tensor.dtype}, expected float32, float16 or bfloat16.\n"
+                "Convert the full-precision file."
+            )
+        source[name.removeprefix(prefix)] = tensor
+    return source
+
+
+def _write(
+    temporary: Path,
+    arch: str,
+    plan: QuantPlan,
+    source: Mapping[str, Tensor],
+    report: QuantReport,
+    progress: Progress | None,
+) -> None:
+    import gguf
+
+    writer = cast(Any, gguf).GGUFWriter(str(temporary), arch)
+    try:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(FILE_TYPES[plan.spec.format_id])
+        writer.add_string("quantwire.spec", plan.spec.to_uri())
+        for decision in plan.decisions:
+            kind, nbytes = _stored(decision, plan.spec)
+            ggml_type = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor_info(decision.meta.name, decision.meta.shape, None, nbytes, raw_dtype=ggml_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        work = plan.decisions
+        steps: Iterable[Decision] = progress(work, len(work)) if progress else work
+        for decision in steps:
+            raw, entry = _bytes_of(decision, source[decision.meta.name], plan.spec)
+            writer.write_tensor_data(raw.numpy())
+            report.entries.append(entry)
+    finally:
+        writer.close()
+
+
+def _stored(decision: Decision, spec: QuantSpec) -> tuple[str, int]:
+    """(ggml type name, bytes) of a tensor in the file."""
+    meta = decision.meta
+    if decision.action is Action.QUANTIZE:
+        return spec.format_id.removeprefix("gguf-").upper().replace("-", "_"), decision.nbytes_out
+    return ("BF16", 2 * meta.numel) if len(meta.shape) == 2 else ("F32", 4 * meta.numel)
+
+
+def _bytes_of(decision: Decision, tensor: Tensor, spec: QuantSpec) -> tuple[Tensor, Entry]:
+    """The file's bytes of one tensor as uint8, and its line in the report."""
+    name = decision.meta.name
+    if decision.action is Action.QUANTIZE:
+        weight, entry = quantize_tensor(name, tensor, spec)
+        return weight.tensors["qdata"].cpu(), entry
+    check_finite(name, tensor)
+    dtype = torch.bfloat16 if tensor.ndim == 2 else torch.float32
+    raw = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+    return raw, Entry(name, "keep", decision.reason, decision.meta.nbytes, raw.numel())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base import Availability, Quantizer
 from ...errors import SpecError
-from ...weight import QuantizedWeight, TensorMeta, refuse_full_precision_load
+from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package, sample_weight
 
 if TYPE_CHECKING:
@@ -50,10 +51,8 @@ class BnbFourBit(Quantizer):
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
         """qdata (N*K/2, 1) uint8; absmax (blocks,) float32, or uint8 with nested_absmax, nested_code and offset."""
-        import bitsandbytes.functional as F
-
         nested = bool(spec.option("bits4-use-double-quant", False))
-        qdata, state = F.quantize_4bit(
+        qdata, state = _library().functional.quantize_4bit(
             w.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type=self.quant_type
         )
         tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": state.absmax}
@@ -62,20 +61,19 @@ class BnbFourBit(Quantizer):
         meta = {"compute_dtype": spec.option("bits4-compute-dtype", None)}
         return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
 
-    def _state(self, q: QuantizedWeight, dtype: torch.dtype) -> Any:
-        import bitsandbytes.functional as F
-
+    def _state(self, q: QuantizedWeight, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+        functional = _library().functional
         t = q.tensors
         state2 = offset = None
         if "nested_absmax" in t:
-            state2 = F.QuantState(
+            state2 = functional.QuantState(
                 absmax=t["nested_absmax"], blocksize=NESTED_BLOCK_SIZE, code=t["nested_code"], dtype=torch.float32
             )
             offset = t["offset"]
-        return F.QuantState(
+        return functional.QuantState(
             absmax=t["absmax"],
-            shape=torch.Size(q.orig_shape),
-            code=F.get_4bit_type(self.quant_type, device=t["absmax"].device),
+            shape=torch.Size(shape),
+            code=functional.get_4bit_type(self.quant_type, device=t["absmax"].device),
             blocksize=BLOCK_SIZE,
             quant_type=self.quant_type,
             dtype=dtype,
@@ -84,37 +82,43 @@ class BnbFourBit(Quantizer):
         )
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        import bitsandbytes.functional as F
-
-        return F.dequantize_4bit(q.tensors["qdata"], self._state(q, dtype))
+        # As one row of all values: with (N, K) the library's CPU kernel (0.50.2, AVX-512) takes wrong maxima where K is
+        # a multiple of 16 but not of the block size; as one row it equals the formula bit for bit at every shape.
+        state = self._state(q, dtype, (1, q.numel))
+        return _library().functional.dequantize_4bit(q.tensors["qdata"], state).reshape(q.orig_shape)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        import bitsandbytes as bnb
-
         compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else x.dtype
         bias = None if bias is None else bias.to(compute)
-        out = bnb.matmul_4bit(x.to(compute), q.tensors["qdata"], bias=bias, quant_state=self._state(q, compute))
-        return out.to(x.dtype)
+        if q.orig_shape[1] % BLOCK_SIZE:  # see dequantize
+            return F.linear(x.to(compute), self.dequantize(q, compute), bias).to(x.dtype)
+        state = self._state(q, compute, q.orig_shape)
+        return _library().matmul_4bit(x.to(compute), q.tensors["qdata"], bias=bias, quant_state=state).to(x.dtype)
 
     def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
         """`Linear4bit` on the same packed bytes.
 
         On AVX512-BF16 machines the library repacks its weights at the first forward, which it can do only for N
         divisible by 32 and K divisible by 64; other shapes keep the plain path here.
-        """
-        import bitsandbytes as bnb
 
+        Raises:
+            SpecError: on a CPU with K no multiple of 64, where the library's product is wrong (see `dequantize`).
+        """
+        bnb = _library()
         n, k = q.orig_shape
+        if k % BLOCK_SIZE and q.tensors["qdata"].device.type == "cpu":
+            raise SpecError(
+                f"{self.format_id}: K={k} is not a multiple of block size {BLOCK_SIZE}, and bitsandbytes' own layer "
+                "computes wrong values for it on a CPU.\nUse carrier `quantwire`."
+            )
         compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else None
         layer: Any = bnb.nn.Linear4bit(
             k, n, bias=bias is not None, compute_dtype=compute, quant_type=self.quant_type, device="meta"
         )
-        data = q.tensors["qdata"].clone()
-        if data.dtype != torch.uint8:
-            raise SpecError(f"{self.format_id}: qdata is {data.dtype}, expected uint8.")
-        state = self._state(q.with_tensors({key: t.clone() for key, t in q.tensors.items()}), q.orig_dtype)
+        copy = q.with_tensors({name: t.clone() for name, t in q.tensors.items()})
+        state = self._state(copy, q.orig_dtype, q.orig_shape)
         layer.weight = bnb.nn.Params4bit(
-            data,
+            copy.tensors["qdata"],
             requires_grad=False,
             quant_state=state,
             blocksize=BLOCK_SIZE,
@@ -124,11 +128,16 @@ class BnbFourBit(Quantizer):
             bnb_quantized=True,
         )
         layer.quant_state = state
-        if n % 32 or k % 64:
+        if n % 32 or k % BLOCK_SIZE:
             layer.support_avx512bf16_for_cpu = False
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        layer.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *rest: refuse_full_precision_load(state, prefix, self.format_id)
-        )
+        layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def _library() -> Any:
+    """bitsandbytes, untyped: its annotations leave most constructor arguments and optional fields out."""
+    import bitsandbytes
+
+    return cast(Any, bitsandbytes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...base import Availability, Quantizer
-from ...weight import QuantizedWeight, TensorMeta, refuse_full_precision_load
+from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package, sample_weight
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ class BnbInt8(Quantizer):
         )
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        qdata, absmax = q.tensors["qdata"], q.tensors["absmax"]
-        return (qdata.to(torch.float32) * (absmax / 127.0).unsqueeze(1)).to(dtype)
+        import bitsandbytes.functional as F
+
+        return F.int8_vectorwise_dequant(q.tensors["qdata"], q.tensors["absmax"]).to(dtype)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """The library's W8A8 product; needs no `MatmulLtState`, so nothing is cached between calls."""
@@ -69,8 +70,9 @@ class BnbInt8(Quantizer):
     def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
         """`Linear8bitLt` that holds these int8 values from the start, so there is no moment at which a load of
         full-precision values could be taken for the right order; later ones are refused."""
-        import bitsandbytes as bnb
+        import bitsandbytes
 
+        bnb = cast(Any, bitsandbytes)  # its annotations leave most constructor arguments out
         n, k = q.orig_shape
         layer: Any = bnb.nn.Linear8bitLt(
             k, n, bias=bias is not None, has_fp16_weights=False, threshold=float(q.meta["threshold"]), device="meta"
@@ -79,7 +81,5 @@ class BnbInt8(Quantizer):
         layer.weight = bnb.nn.Int8Params(qdata, requires_grad=False, has_fp16_weights=False, CB=qdata, SCB=absmax)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        layer.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *rest: refuse_full_precision_load(state, prefix, self.format_id)
-        )
+        layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()

@@ -1,18 +1,18 @@
-"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0 made here, every type of gguf's Python code read.
+"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0.
 
-A row of K values is K/32 blocks (K/256 for the K-quants), each a few scale bytes and the packed values; `qdata` is the
-file's own bytes, (N, bytes a row) uint8, so rows can be cut and reordered without touching a value.
+A row of K values is K/32 blocks, each a scale and the packed values; `qdata` is the file's own bytes, (N, bytes a row)
+uint8, so rows can be cut and reordered without touching a value.
 
 Q8_0 block: float16 d, 32 int8; value = d * q. Q4_0 block: float16 d, 16 bytes; byte j holds value j in its low nibble
 and value j + 16 in its high one; value = d * (nibble - 8). Layouts: ggml-org/ggml ggml-common.h.
 
-Quantizing is gguf's own numpy code. Q8_0 and Q4_0 are dequantized here with torch operations, bit-equal to gguf's in
-float32; the other types go through gguf's numpy, which is right but slow.
+Quantizing is gguf's own numpy code. Dequantizing is done here with torch operations, bit-equal to gguf's in float32.
+gguf's numpy was not chosen for it: it is right but slow, and works in host memory only.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install gguf`, or choose a bnb or quanto format."
+BLOCK_SIZE = 32
+BLOCK_NBYTES = {"Q8_0": 34, "Q4_0": 18}
 
 
 def make(format_id: str) -> Gguf:
@@ -44,57 +46,44 @@ class Gguf(Quantizer):
 
         return probe_package("gguf", (0, 17), INSTALL, try_it)
 
-    def _sizes(self) -> tuple[Any, int, int]:
-        """(ggml type, values a block, bytes a block)."""
-        import gguf
-
-        ggml_type = gguf.GGMLQuantizationType[self.type_name]
-        return ggml_type, *gguf.GGML_QUANT_SIZES[ggml_type]
-
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
-        _, block, _ = self._sizes()
-        if t.shape[1] % block:
-            return f"K={t.shape[1]} is not a multiple of block size {block}"
+        if t.shape[1] % BLOCK_SIZE:
+            return f"K={t.shape[1]} is not a multiple of block size {BLOCK_SIZE}"
         return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
-        _, block, nbytes = self._sizes()
-        return t.numel // block * nbytes
+        return t.numel // BLOCK_SIZE * BLOCK_NBYTES[self.type_name]
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
-        """qdata (N, K / block * bytes a block) uint8."""
+        """qdata (N, K / 32 * bytes a block) uint8."""
         import gguf
+        import numpy as np
 
-        ggml_type, _, _ = self._sizes()
-        packed = gguf.quants.quantize(w.detach().to("cpu", torch.float32).contiguous().numpy(), ggml_type)
-        qdata = torch.from_numpy(packed).to(w.device)
+        # Values whose scale is beyond float16 become inf, which the caller finds; numpy need not warn as well.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = w.detach().to("cpu", torch.float32).contiguous().numpy()
+            packed: Any = gguf.quants.quantize(values, gguf.GGMLQuantizationType[self.type_name])
+        qdata = cast(Any, torch).from_numpy(packed).to(w.device)
         return QuantizedWeight(self.format_id, {"qdata": qdata}, tuple(w.shape), w.dtype)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         qdata = q.tensors["qdata"]
-        if self.type_name == "Q8_0":
-            return _dequantize_q8_0(qdata).reshape(q.orig_shape).to(dtype)
-        if self.type_name == "Q4_0":
-            return _dequantize_q4_0(qdata).reshape(q.orig_shape).to(dtype)
-        import gguf
-
-        ggml_type, _, _ = self._sizes()
-        values = torch.from_numpy(gguf.quants.dequantize(qdata.cpu().numpy(), ggml_type))
-        return values.reshape(q.orig_shape).to(qdata.device, dtype)
+        values = _dequantize_q8_0(qdata) if self.type_name == "Q8_0" else _dequantize_q4_0(qdata)
+        return values.reshape(q.orig_shape).to(dtype)
 
 
 def _dequantize_q8_0(qdata: Tensor) -> Tensor:
     """(N, K/32*34) uint8 -> (N*K/32, 32) float32."""
-    blocks = qdata.reshape(-1, 34)
+    blocks = qdata.reshape(-1, BLOCK_NBYTES["Q8_0"])
     d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
     return d * blocks[:, 2:].contiguous().view(torch.int8)
 
 
 def _dequantize_q4_0(qdata: Tensor) -> Tensor:
     """(N, K/32*18) uint8 -> (N*K/32, 32) float32."""
-    blocks = qdata.reshape(-1, 18)
+    blocks = qdata.reshape(-1, BLOCK_NBYTES["Q4_0"])
     d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
     packed = blocks[:, 2:]
     nibbles = torch.cat([packed & 0xF, packed >> 4], dim=1).to(torch.int8) - 8

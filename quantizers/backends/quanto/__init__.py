@@ -4,20 +4,25 @@
 the packed byte holds group row g in its low nibble and group row g + G/2 in its high one (the library packs along the
 first axis). Scales and shifts have the weight's dtype, as the library makes them.
 
-Quantizing is the library's own (the optimizers and `quantize_weight` that `QLinear.freeze` calls). The 8-bit product is its `quanto::qbytes_mm`. 4-bit is unpacked here
-with torch operations, bit-equal to the library's: the library's own unpacking compiles a C++ extension at the first
-float32 forward pass (48 s measured) and fails without a compiler.
+Quantizing is the library's own (the optimizers and `quantize_weight` that `QLinear.freeze` calls), except that a scale
+of 0 becomes 1: a row of equal values has the scale 0 there, and dividing by it makes nan of float8 rows of zeros. The
+8-bit product is the library's `quanto::qbytes_mm`. 4-bit is unpacked here with torch operations, bit-equal to the
+library's: its own unpacking compiles a C++ extension at the first float32 forward pass (48 s measured) and fails
+without a compiler.
 """
+
+# pyright: reportMissingTypeStubs=false
+# optimum-quanto ships neither annotations nor stubs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...base import Availability, Quantizer
-from ...weight import QuantizedWeight, TensorMeta, refuse_full_precision_load
+from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package, sample_weight
 
 if TYPE_CHECKING:
@@ -52,6 +57,8 @@ class Quanto(Quantizer):
             return f"shape {t.shape} is not (N, K)"
         if self._packed and group_size(t.shape[1]) is None:
             return f"K={t.shape[1]} is not a multiple of 32, the smallest group"
+        if self._packed and t.shape[0] == 1 and group_size(t.shape[1]) == t.shape[1]:
+            return f"N=1 with K={t.shape[1]} is a single group, for which quanto stores one scale a value"
         return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
@@ -64,19 +71,21 @@ class Quanto(Quantizer):
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
         """8-bit: qdata (N, K), scale (N, 1). qint4: qdata (ceil(G/2), group) uint8, scale and shift (G, 1)."""
-        from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qtypes, quantize_weight
-
+        quanto = _library()
         n, k = w.shape
-        w, qtype = w.detach().contiguous(), qtypes[self.qtype_name]
+        w, qtype = w.detach().contiguous(), quanto.qtypes[self.qtype_name]
+        # optimized=False below: the plain packing that files hold, not one chosen for this device.
         if self._packed:
             group = group_size(k) if k > 128 else None  # None is the library's word for one group a row
-            scale, shift = MaxOptimizer()(w, qtype=qtype, axis=0, group_size=group)
-            # optimized=False: the plain packing that files hold, not one chosen for this device.
-            q: Any = quantize_weight(w, qtype, 0, scale, shift, group_size=group, optimized=False)
-            tensors = {"qdata": q._data._data, "scale": q._scale, "shift": q._shift}
+            scale, shift = quanto.MaxOptimizer()(w, qtype=qtype, axis=0, group_size=group)
+            scale = _without_zeros(scale)
+            q: Any = quanto.quantize_weight(w, qtype, 0, scale, shift, group_size=group, optimized=False)
+            tensors: dict[str, Tensor] = {"qdata": q._data._data, "scale": scale, "shift": shift}
             return QuantizedWeight(self.format_id, tensors, (n, k), w.dtype, {"group_size": group})
-        q = quantize_weight(w, qtype, 0, AbsmaxOptimizer()(w, qtype=qtype, axis=0), optimized=False)
-        return QuantizedWeight(self.format_id, {"qdata": q._data, "scale": q._scale}, (n, k), w.dtype)
+        scale = _without_zeros(quanto.AbsmaxOptimizer()(w, qtype=qtype, axis=0))
+        q = quanto.quantize_weight(w, qtype, 0, scale, optimized=False)
+        # A single row has a scale without dimensions in the library.
+        return QuantizedWeight(self.format_id, {"qdata": q._data, "scale": scale.reshape(n, 1)}, (n, k), w.dtype)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         t = q.tensors
@@ -90,47 +99,62 @@ class Quanto(Quantizer):
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         if self._packed:
             return super().linear(x, q, bias)
-        import optimum.quanto  # noqa: F401  (registers quanto::qbytes_mm)
-
+        _library()  # registers quanto::qbytes_mm
         out = torch.ops.quanto.qbytes_mm(x.reshape(-1, x.shape[-1]), q.tensors["qdata"], q.tensors["scale"])
         out = out.reshape(*x.shape[:-1], q.orig_shape[0]).to(x.dtype)
         return out if bias is None else out + bias.to(x.dtype)
 
     def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-        """A frozen `QLinear` on the same quantized values. In bfloat16 with groups of 128, quanto repacks 4-bit weights
-        for PyTorch's int4 kernel, which rounds differently (relative difference up to 0.01)."""
-        from optimum.quanto import QLinear, WeightQBitsTensor, WeightQBytesTensor, qtypes
-        from optimum.quanto.tensor.grouped import grouped_shape
+        """A frozen `QLinear` on the same quantized values.
+
+        In bfloat16 with groups of 128, quanto repacks 4-bit weights for PyTorch's int4 kernel, which rounds differently
+        (relative difference up to 0.01) and needs N divisible by 16; other N keep the plain packing here.
+        """
         from optimum.quanto.tensor.packed import PackedTensor
 
+        quanto = _library()
         n, k = q.orig_shape
         t = {name: tensor.clone() for name, tensor in q.tensors.items()}
-        qtype = qtypes[self.qtype_name]
+        qtype = quanto.qtypes[self.qtype_name]
         source = nn.Linear(k, n, bias=bias is not None, device="meta", dtype=q.orig_dtype)
-        layer: Any = QLinear.qcreate(source, weights=qtype, device="meta").to_empty(device=t["qdata"].device)
+        layer: Any = quanto.QLinear.qcreate(source, weights=qtype, device="meta").to_empty(device=t["qdata"].device)
         for name in ("input_scale", "output_scale"):
             setattr(layer, name, torch.ones_like(getattr(layer, name)))
         if self._packed:
             group = q.meta["group_size"]
-            size = torch.Size(grouped_shape([n, k], 0, group or k))
-            data = PackedTensor(t["qdata"], 4, size, (size[1], 1))
-            weight = WeightQBitsTensor(qtype, 0, group, torch.Size((n, k)), (k, 1), data, t["scale"], t["shift"])
-            weight = weight.optimize()  # the device's own packing, as `QLinear.freeze` would choose
+            grouped = torch.Size((n * k // (group or k), group or k))
+            data = PackedTensor(t["qdata"], 4, grouped, (grouped[1], 1))
+            weight: Any = quanto.WeightQBitsTensor(
+                qtype, 0, group, torch.Size((n, k)), (k, 1), data, t["scale"], t["shift"]
+            )
+            if n % 16 == 0:
+                weight = weight.optimize()  # the device's own packing, as `QLinear.freeze` would choose
         else:
-            axis = 0 if n > 1 else None
-            weight = WeightQBytesTensor.create(qtype, axis, torch.Size((n, k)), (k, 1), t["qdata"], t["scale"])
+            axis, scale = (0, t["scale"]) if n > 1 else (None, t["scale"].reshape(()))
+            weight = quanto.WeightQBytesTensor.create(qtype, axis, torch.Size((n, k)), (k, 1), t["qdata"], scale)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        layer.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *rest: refuse_full_precision_load(state, prefix, self.format_id)
-        )
+        layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
 
 
+def _library() -> Any:
+    import optimum.quanto
+
+    return cast(Any, optimum.quanto)
+
+
+def _without_zeros(scale: Tensor) -> Tensor:
+    return scale.masked_fill(scale == 0, 1)
+
+
 def group_size(k: int) -> int | None:
-    """Elements a group for a row of `k`, by the rule of quanto's `QModuleMixin`: rows up to 128 are one group, longer
-    ones take the first of 128, 96, 64, 32 that divides them; None where none does (quanto would use one scale a row)."""
+    """Elements a group for a row of `k`, by the rule of quanto's `QModuleMixin`.
+
+    Rows up to 128 are one group, longer ones take the first of 128, 96, 64, 32 that divides them; None where none does
+    (quanto would use one scale a row).
+    """
     if k <= 128:
         return k
     return next((size for size in (128, 96, 64, 32) if k % size == 0), None)

@@ -1,0 +1,190 @@
+"""Which layers a plan quantizes, keeps and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantwire.quantizers.errors import SpecError
+from quantwire.quantizers.plan import Action, QuantPlan, Slot, make_plan, matches, sensitive_reason
+from quantwire.quantizers.registry import get_quantizer
+from quantwire.quantizers.spec import QuantSpec
+from quantwire.quantizers.weight import TensorMeta
+
+EMBEDDER, EMBEDDING, NORM, FINAL = (
+    f"sensitive: {reason}" for reason in ("embedder", "embedding", "norm or modulation", "final layer")
+)
+
+FLUX_COMFYUI = {
+    "img_in": EMBEDDER,
+    "txt_in": EMBEDDER,
+    "time_in.in_layer": EMBEDDER,
+    "vector_in.out_layer": EMBEDDER,
+    "guidance_in.in_layer": EMBEDDER,
+    "double_blocks.0.img_mod.lin": NORM,
+    "double_blocks.18.txt_mod.lin": NORM,
+    "double_blocks.0.img_attn.qkv": None,
+    "double_blocks.0.txt_attn.proj": None,
+    "double_blocks.0.img_mlp.0": None,
+    "single_blocks.37.modulation.lin": NORM,
+    "single_blocks.0.linear1": None,
+    "single_blocks.0.linear2": None,
+    "final_layer.linear": FINAL,
+    "final_layer.adaLN_modulation.1": NORM,
+}
+FLUX_DIFFUSERS = {
+    "x_embedder": EMBEDDER,
+    "context_embedder": EMBEDDER,
+    "time_text_embed.timestep_embedder.linear_1": EMBEDDER,
+    "time_text_embed.guidance_embedder.linear_2": EMBEDDER,
+    "transformer_blocks.0.norm1.linear": NORM,
+    "transformer_blocks.0.norm1_context.linear": NORM,
+    "transformer_blocks.0.attn.to_q": None,
+    "transformer_blocks.0.attn.to_out.0": None,
+    "transformer_blocks.0.attn.add_q_proj": None,
+    "transformer_blocks.0.ff.net.0.proj": None,
+    "transformer_blocks.0.ff_context.net.2": None,
+    "single_transformer_blocks.0.norm.linear": NORM,
+    "single_transformer_blocks.0.proj_mlp": None,
+    "single_transformer_blocks.0.proj_out": None,
+    "norm_out.linear": NORM,
+    "proj_out": FINAL,
+}
+CLIP = {
+    "text_model.embeddings.token_embedding": EMBEDDING,
+    "text_model.embeddings.position_embedding": EMBEDDING,
+    "text_model.encoder.layers.0.self_attn.q_proj": None,
+    "text_model.encoder.layers.0.self_attn.out_proj": None,
+    "text_model.encoder.layers.0.mlp.fc1": None,
+    "text_model.encoder.layers.0.layer_norm1": NORM,
+    "text_model.final_layer_norm": NORM,
+    "text_projection": EMBEDDING,
+}
+T5 = {
+    "shared": EMBEDDING,
+    "encoder.embed_tokens": EMBEDDING,
+    "encoder.block.0.layer.0.SelfAttention.q": None,
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": EMBEDDING,
+    "encoder.block.0.layer.0.layer_norm": NORM,
+    "encoder.block.23.layer.1.DenseReluDense.wi_0": None,
+    "encoder.final_layer_norm": NORM,
+    "lm_head": FINAL,
+}
+WAN = {
+    "patch_embedding": EMBEDDER,
+    "text_embedding.0": EMBEDDER,
+    "time_projection.1": EMBEDDER,
+    "img_emb.proj.1": EMBEDDER,
+    "blocks.0.self_attn.q": None,
+    "blocks.0.ffn.0": None,
+    "head.head": FINAL,
+}
+
+
+def slot(name: str, shape: tuple[int, ...] = (64, 64), linear: bool = True) -> Slot:
+    return Slot(TensorMeta(f"{name}.weight", shape, torch.bfloat16), linear)
+
+
+def plan(slots: list[Slot], spec: QuantSpec) -> QuantPlan:
+    return make_plan(slots, spec, get_quantizer(spec.format_id))
+
+
+def quantized(names: list[str], **lists: tuple[str, ...]) -> list[str]:
+    made = plan([slot(n) for n in names], QuantSpec("bnb-int8", **lists))
+    return [d.meta.name.removesuffix(".weight") for d in made.to_quantize]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        pytest.param(layer, reason, id=f"{family}-{layer}")
+        for family, layers in (
+            ("comfyui", FLUX_COMFYUI),
+            ("diffusers", FLUX_DIFFUSERS),
+            ("clip", CLIP),
+            ("t5", T5),
+            ("wan", WAN),
+        )
+        for layer, reason in layers.items()
+    ],
+)
+def test_sensitive_layers(layer: str, reason: str | None) -> None:
+    assert sensitive_reason(layer) == reason
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "hit"),
+    [
+        ("img_attn", "double_blocks.0.img_attn.qkv", True),
+        ("img_attn.qkv", "double_blocks.0.img_attn.qkv", True),
+        ("attn", "double_blocks.0.img_attn.qkv", False),
+        ("double_blocks.1", "double_blocks.10.img_attn.qkv", False),
+        ("*.qkv", "double_blocks.0.img_attn.qkv", True),
+        ("*attn*", "double_blocks.0.img_attn.qkv", True),
+        ("double_blocks.[01].*", "double_blocks.1.img_mlp.0", True),
+        ("double_blocks.[01].*", "double_blocks.2.img_mlp.0", False),
+        ("qkv*", "double_blocks.0.img_attn.qkv", False),
+        ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv", True),
+        ("*.qkv.weight", "double_blocks.0.img_attn.qkv", True),
+    ],
+)
+def test_patterns(pattern: str, layer: str, hit: bool) -> None:
+    assert matches(pattern, layer) is hit
+
+
+def test_include_beats_the_sensitive_list_and_exclude_beats_include() -> None:
+    names = ["img_in", "txt_in", "blocks.0.qkv", "blocks.1.qkv"]
+    assert quantized(names) == ["blocks.0.qkv", "blocks.1.qkv"]
+    assert quantized(names, include=("img_in",)) == ["img_in", "blocks.0.qkv", "blocks.1.qkv"]
+    assert quantized(names, exclude=("blocks.0",)) == ["blocks.1.qkv"]
+    assert quantized(names, include=("*_in",), exclude=("txt_in",)) == ["img_in", "blocks.0.qkv", "blocks.1.qkv"]
+
+
+def test_reasons_and_predicted_bytes() -> None:
+    slots = [slot("img_in"), slot("a.qkv", (48, 128)), slot("b.qkv"), slot("conv", (8, 4, 3, 3), linear=False)]
+    made = plan(slots, QuantSpec("gguf-q4-0", exclude=("b",)))
+    assert [(d.action, d.reason) for d in made.decisions] == [
+        (Action.KEEP, EMBEDDER),
+        (Action.QUANTIZE, "linear weight"),
+        (Action.KEEP, "excluded"),
+        (Action.KEEP, "not a linear weight"),
+    ]
+    whole = 64 * 64 * 2
+    assert [d.nbytes_out for d in made.decisions] == [whole, 48 * 128 // 32 * 18, whole, 8 * 4 * 9 * 2]
+    assert made.nbytes_in == 2 * whole + 48 * 128 * 2 + 8 * 4 * 9 * 2
+    assert made.nbytes_out == made.nbytes_in - 48 * 128 * 2 + 48 * 128 // 32 * 18
+
+
+@pytest.mark.parametrize("which", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_refused(which: str) -> None:
+    with pytest.raises(SpecError) as failure:
+        quantized(["blocks.0.qkv", "blocks.1.qkv"], **{which: ("block.0",)})
+    assert str(failure.value) == (
+        "Pattern 'block.0' matches none of the 2 linear layers (such as blocks.0.qkv, blocks.1.qkv)."
+    )
+
+
+def test_a_pattern_on_a_model_without_linear_layers() -> None:
+    with pytest.raises(SpecError, match=r"^Pattern 'a' matches none of the 0 linear layers\.$"):
+        plan([slot("conv", (8, 4, 3, 3), linear=False)], QuantSpec("bnb-int8", exclude=("a",)))
+
+
+def test_refused_tensors_are_named_with_a_format_that_takes_all_of_them() -> None:
+    made = plan([slot("a", (64, 33)), slot("b"), slot("c", (64, 40))], QuantSpec("gguf-q8-0"))
+    assert [d.action for d in made.decisions] == [Action.REFUSE, Action.QUANTIZE, Action.REFUSE]
+    with pytest.raises(SpecError) as failure:
+        made.raise_on_refusal()
+    assert str(failure.value).splitlines() == [
+        "'a.weight': gguf-q8-0: K=33 is not a multiple of block size 32 (and 1 more).",
+        "Use bnb-int8, or add the layer to the layers to keep (`exclude`).",
+    ]
+
+
+def test_a_suggestion_comes_from_the_given_formats_only() -> None:
+    made = plan([slot("a", (64, 33))], QuantSpec("gguf-q8-0"))
+    with pytest.raises(SpecError) as failure:
+        made.raise_on_refusal(["gguf-q8-0", "gguf-q4-0"])
+    assert str(failure.value).splitlines()[1] == "Add the layer to the layers to keep (`exclude`)."
+
+
+def test_nothing_refused_raises_nothing() -> None:
+    plan([slot("a")], QuantSpec("gguf-q8-0")).raise_on_refusal()

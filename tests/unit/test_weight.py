@@ -1,0 +1,242 @@
+"""QuantizedWeight and QuantizedLinear, on every format."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quantwire.quantizers.apply import OnFailure, quantize_linears
+from quantwire.quantizers.compat.modes import Carrier
+from quantwire.quantizers.errors import SpecError, WeightError
+from quantwire.quantizers.registry import format_ids, get_quantizer
+from quantwire.quantizers.spec import QuantSpec
+from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
+from torch import Tensor, nn
+
+N, K = 32, 128
+FORMATS = pytest.mark.parametrize("format_id", format_ids())
+# Not what dequantize + F.linear give: bnb multiplies int8 by int8, quanto scales after the product.
+OWN_PRODUCT = {"bnb-int8": 0.02, "quanto-qint8": 1e-3, "quanto-qfloat8-e4m3fn": 1e-3}
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantized(format_id: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> QuantizedWeight:
+    return get_quantizer(format_id).quantize(values(N, K, seed=seed, dtype=dtype), QuantSpec(format_id))
+
+
+def layer(format_id: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> QuantizedLinear:
+    return QuantizedLinear(quantized(format_id, dtype, seed), values(N, seed=seed + 9, dtype=dtype)).eval()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def saved(obj: Any) -> Any:
+    """Through torch.save; plain pickle knows no float8."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@FORMATS
+def test_forward_is_the_product_with_the_dequantized_weight(format_id: str, dtype: torch.dtype) -> None:
+    module, x = layer(format_id, dtype), values(2, 5, K, seed=1, dtype=dtype)
+    y = module(x)
+    assert (y.shape, y.dtype) == ((2, 5, N), dtype)
+    expected = F.linear(x, module.weight, module.bias)
+    limit = OWN_PRODUCT.get(format_id, 0.0) + (0.006 if dtype is torch.bfloat16 and format_id in OWN_PRODUCT else 0)
+    assert relative(y, expected) <= limit
+    assert relative(QuantizedLinear(module.quantized_weight, None)(x), F.linear(x, module.weight)) <= limit
+
+
+@FORMATS
+def test_forward_leaves_its_input_alone(format_id: str) -> None:
+    x = values(5, K, seed=1, dtype=torch.float16)
+    x[2, 3] = 20.0  # an outlier for LLM.int8, which sets such columns to zero while it works
+    before = x.clone()
+    layer(format_id, torch.float16)(x)
+    assert torch.equal(x, before)
+
+
+@FORMATS
+def test_weight_property(format_id: str) -> None:
+    module = layer(format_id, torch.bfloat16)
+    assert (module.weight.shape, module.weight.dtype) == ((N, K), torch.bfloat16)
+    expected = get_quantizer(format_id).dequantize(module.quantized_weight, torch.bfloat16)
+    assert torch.equal(module.weight, expected)
+    assert "weight" not in dict(module.named_parameters())
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@FORMATS
+def test_casting_moves_the_bias_only(format_id: str, cast: str) -> None:
+    module = layer(format_id)
+    before = state(module)
+    after = state(getattr(module, cast)())
+    assert after.pop("bias").dtype == {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[cast]
+    before.pop("bias")
+    assert same(after, before)
+
+
+@FORMATS
+def test_deepcopy_and_save(format_id: str) -> None:
+    module, x = layer(format_id), values(3, K, seed=1)
+    for made in (copy.deepcopy(module), saved(module)):
+        assert same(state(made), state(module))
+        assert torch.equal(made(x), module(x))
+        assert made.qdata.data_ptr() != module.qdata.data_ptr()
+
+
+@FORMATS
+def test_a_quantized_weight_can_be_copied_and_saved(format_id: str) -> None:
+    weight = quantized(format_id)
+    for made in (copy.deepcopy(weight), saved(weight)):
+        assert same(dict(made.tensors), dict(weight.tensors))
+        assert (made.format_id, made.orig_shape, made.orig_dtype, dict(made.meta)) == (
+            weight.format_id,
+            weight.orig_shape,
+            weight.orig_dtype,
+            dict(weight.meta),
+        )
+
+
+def test_a_quantized_weight_cannot_be_changed() -> None:
+    weight: Any = quantized("bnb-int8")
+    with pytest.raises(TypeError):
+        weight.tensors["qdata"] = torch.zeros(1)
+    with pytest.raises(AttributeError):
+        weight.format_id = "bnb-nf4"
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@FORMATS
+def test_state_dict_round_trip(format_id: str, assign: bool) -> None:
+    source, target, x = layer(format_id, seed=0), layer(format_id, seed=5), values(3, K, seed=1)
+    assert not torch.equal(target(x), source(x))
+    target.load_state_dict(state(source), assign=assign)
+    assert same(state(target), state(source))
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=["fp32", "bf16", "fp8"])
+@FORMATS
+def test_full_precision_values_are_refused(format_id: str, dtype: torch.dtype, strict: bool) -> None:
+    module = nn.Sequential(layer(format_id))
+    before = state(module)
+    with pytest.raises(WeightError) as failure:
+        module.load_state_dict({"0.weight": values(N, K).to(dtype), "0.bias": torch.zeros(N)}, strict=strict)
+    first = str(failure.value).splitlines()[0]
+    assert first.startswith(f"'0.weight': full-precision values ({dtype}) cannot be loaded into {format_id} storage")
+    assert same(state(module), before)
+
+
+@FORMATS
+def test_quantized_tensors_of_another_dtype_are_refused(format_id: str) -> None:
+    module = layer(format_id)
+    before = state(module)
+    wrong = state(module) | {"qdata": torch.ones_like(module.qdata, dtype=torch.float64), "bias": torch.zeros(N)}
+    with pytest.raises(WeightError, match=r"^'qdata': dtype is torch\.float64, expected torch\."):
+        module.load_state_dict(wrong, strict=False)
+    assert same(state(module), before)
+
+
+# quantize_linears
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_in = nn.Linear(K, K)
+        self.a = nn.Linear(K, N)
+        self.b = nn.Linear(N, N, bias=False)
+
+
+class Counting:
+    """A progress that keeps what it was asked to show."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.total = 0
+
+    def __call__(self, items: Any, total: int) -> Any:
+        self.total = total
+        for item in items:
+            self.seen.append(item.meta.name)
+            yield item
+
+
+@FORMATS
+def test_quantize_linears_replaces_and_reports(format_id: str) -> None:
+    model, bar = Net(), Counting()
+    before = state(model)
+    layers, report = quantize_linears(model, QuantSpec(format_id), progress=bar, title="net")
+    assert list(layers) == ["a", "b"]
+    assert (bar.seen, bar.total) == (["a.weight", "b.weight"], 2)
+    assert all(isinstance(made, QuantizedLinear) and not made.training for made in layers.values())
+    assert same(state(model), before)
+    actions = {e.name: e.action for e in report.entries}
+    assert actions == {
+        "img_in.weight": "keep",
+        "img_in.bias": "keep",
+        "a.bias": "keep",
+        "a.weight": "quantize",
+        "b.weight": "quantize",
+    }
+    assert report.nbytes_in == sum(p.numel() * 4 for p in model.parameters())
+    assert report.sqnr_db is not None
+    assert report.sqnr_db > 15
+    assert report.seconds > 0
+    assert f"net: 2 linear layers in {format_id} (quantwire carrier)" in str(report)
+
+
+@pytest.mark.parametrize("carrier", list(Carrier), ids=lambda c: c.value)
+@pytest.mark.parametrize("format_id", [f for f in format_ids() if not f.startswith("gguf")])
+def test_a_quantized_model_is_not_quantized_again(format_id: str, carrier: Carrier) -> None:
+    model = Net().to(torch.bfloat16)
+    layers, _ = quantize_linears(model, QuantSpec(format_id, exclude=("b",)), carrier=carrier)
+    model.a = layers["a"]
+    with pytest.raises(WeightError, match=rf"^'a': already quantized \({format_id}, {carrier.value} carrier\)\."):
+        quantize_linears(model, QuantSpec("gguf-q8-0"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "-inf"])
+def test_a_damaged_weight_is_named(bad: float) -> None:
+    model = Net()
+    model.b.weight.data[1, 2] = bad
+    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 1024 values are nan or inf\."):
+        quantize_linears(model, QuantSpec("bnb-int8"))
+    layers, report = quantize_linears(model, QuantSpec("bnb-int8"), on_failure=OnFailure.FULL_PRECISION)
+    assert list(layers) == ["a"]
+    assert report.warnings == [
+        "b.weight stays at full precision: 'b.weight': 1 of 1024 values are nan or inf.",
+    ]
+    assert {e.name: e.action for e in report.entries}["b.weight"] == "full precision"
+
+
+def test_a_layer_without_a_native_form_is_named() -> None:
+    with pytest.raises(SpecError, match=r"^'a\.weight': gguf-q8-0: its library has no linear layer of its own\."):
+        quantize_linears(Net(), QuantSpec("gguf-q8-0"), carrier=Carrier.LIBRARY)
+
+
+def test_nothing_left_to_quantize_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"^net: no linear layer is left to quantize with these patterns\."):
+        quantize_linears(Net(), QuantSpec("bnb-int8", exclude=("a", "b")), title="net")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -35,11 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, error = INTERRUPTED, None
         print("Interrupted.", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, error = OK, None
     except Exception as err:  # the boundary: every failure becomes a message and an exit code
         code, error = _exit_code(err), err
         _print_error(err, args.debug)
     if getattr(args, "json", None) is not None:
-        _write_json(args.json, {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report})
+        try:
+            _write_json(args.json, {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report})
+        except OSError as err:
+            print(f"FileError: --json: {args.json} cannot be written: {err.strerror}.", file=sys.stderr)
+            return code or BAD_INPUT
     return code
 
 
@@ -102,7 +110,7 @@ def _run(args: argparse.Namespace, report: dict[str, Any]) -> int:
     return OK
 
 
-def _convert(args: argparse.Namespace, report: dict[str, Any]) -> int:
+def _convert(args: argparse.Namespace, _: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     from .quantizers.files.checkpoint import read_safetensors
@@ -116,11 +124,16 @@ def _convert(args: argparse.Namespace, report: dict[str, Any]) -> int:
     def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(items, total=total, unit="tensor", disable=None)
 
-    print(write_gguf(args.target, read_safetensors(args.source).tensors, spec, bar))  # type: ignore[arg-type]
+    tensors: Any = read_safetensors(args.source).tensors
+    try:
+        report = write_gguf(args.target, tensors, spec, bar)
+    except OSError as err:
+        raise FileError(f"{args.target}: cannot be written: {err.strerror or err}.") from err
+    print(report)
     return OK
 
 
-def _formats(args: argparse.Namespace, report: dict[str, Any]) -> int:
+def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:
     from .quantizers.registry import availability, format_ids, get_entry
 
     states = {format_id: availability(format_id) for format_id in format_ids()}

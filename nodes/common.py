@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ..quantizers.apply import OnFailure
@@ -35,7 +36,8 @@ def optional_inputs() -> dict[str, Any]:
         "separated by commas or lines."
     )
     failure = (
-        "error: stop at a layer that cannot be quantized. full precision: leave such layers as they are, with a warning."
+        "error: stop at a layer that cannot be quantized. full precision: leave such layers as they are, with a "
+        "warning."
     )
     return {
         "carrier": carrier_input(),
@@ -63,7 +65,7 @@ def spec_from_inputs(format_id: str, config: QuantSpec | None, keep_layers: str)
     else:
         spec = config or QuantSpec(format_id)
     keep = tuple(p.strip() for p in re.split(r"[,\n]", keep_layers) if p.strip())
-    return QuantSpec(spec.format_id, spec.include, (*spec.exclude, *keep), spec.options)
+    return replace(spec, exclude=(*spec.exclude, *keep))
 
 
 def with_report(report: Any, *outputs: Any) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class QuantConfig:
     CATEGORY = CATEGORY
     RETURN_TYPES = ("QUANT_CONFIG",)
     RETURN_NAMES = ("config",)
+    OUTPUT_TOOLTIPS = ("For the input config of QuantizeModel and QuantizeTextEncoder.",)
     FUNCTION = "parse"
 
     @classmethod

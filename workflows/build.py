@@ -45,12 +45,14 @@ class Workflow:
 def prompt_nodes(prompt: str) -> dict[str, Node]:
     """Text encoder, prompt, guidance, latent and VAE."""
     return {
-        "4": Node("CLIPLoader", {"clip_name": "digits_clip.safetensors", "type": "stable_diffusion"}, "Text encoder", 0, 4),
+        "4": Node(
+            "CLIPLoader", {"clip_name": "digits_clip.safetensors", "type": "stable_diffusion"}, "Text encoder", 0, 4
+        ),
         "5": Node("CLIPTextEncode", {"text": prompt, "clip": ("4", 0)}, "Prompt", 1, 4),
         "6": Node("FluxGuidance", {"conditioning": ("5", 0), "guidance": 3.5}, "Guidance", 2, 4),
         "7": Node("CLIPTextEncode", {"text": "", "clip": ("4", 0)}, "Negative prompt", 1, 9),
         "8": Node("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 1}, "Latent", 2, 8),
-        "10": Node("VAELoader", {"vae_name": "digits_tae.safetensors"}, "VAE", 3, 12),
+        "10": Node("VAELoader", {"vae_name": "digits_tae.safetensors"}, "VAE", 2, 13),
     }
 
 
@@ -116,9 +118,7 @@ WORKFLOWS = (
         "A GGUF file; make it with `quantwire convert demo/models/diffusion_models/digits_flux.safetensors "
         "models/diffusion_models/digits_flux-Q8_0.gguf --type Q8_0`.",
         {
-            "2": Node(
-                "LoadGGUF", {"gguf_name": "digits_flux-Q8_0.gguf", "carrier": "quantwire"}, "GGUF model", 1, -1
-            ),
+            "2": Node("LoadGGUF", {"gguf_name": "digits_flux-Q8_0.gguf", "carrier": "quantwire"}, "GGUF model", 1, -1),
             "3": compat("auto"),
             **prompt_nodes(PROMPT),
             **sampling_nodes(11, ("3", 0), "gguf", "", 0),
@@ -221,9 +221,7 @@ def _inputs(kind: str) -> list[tuple[str, Any, dict[str, Any]]]:
 def _drawn(node_id: str, node: Node, order: int, slots: list[dict[str, Any]], widgets: list[Any]) -> dict[str, Any]:
     cls: Any = CLASSES[node.kind]
     names = getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES)
-    outputs = [
-        {"name": name, "type": kind, "links": []} for name, kind in zip(names, cls.RETURN_TYPES, strict=True)
-    ]
+    outputs = [{"name": name, "type": kind, "links": []} for name, kind in zip(names, cls.RETURN_TYPES, strict=True)]
     height = 60 + 24 * max(len(slots), len(outputs)) + 26 * len(widgets)
     return {
         "id": int(node_id),

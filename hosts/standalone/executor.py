@@ -309,7 +309,7 @@ class _Run:
         known = {**dict.fromkeys(bound.links), **bound.literals, **self.hidden(bound, with_run_data=False)}
         try:
             return node_class.IS_CHANGED(**known)
-        except Exception as err:  # noqa: BLE001 - never wrong, only slower: the node runs every time
+        except Exception as err:  # never wrong, only slower: the node runs every time
             _log.warning("%s: IS_CHANGED failed, so the node runs every time: %r", bound.node.place, err)
             return float("nan")
 

@@ -1,15 +1,16 @@
 """FLUX in the embedded host: detection, the map from ComfyUI's key layout to diffusers' modules, and one model call.
 
-The model is diffusers' `FluxTransformer2DModel`. Its linear layers are narrower than those of the file: diffusers splits
-`qkv` and `linear1` by rows and swaps the two halves of the final modulation. Every such step selects whole rows, so it
-works on quantized rows (GGUF) as it does on plain ones. diffusers' own single-file converter was not used: it assumes
-hidden size 3072.
+The model is diffusers' `FluxTransformer2DModel`. Its linear layers are narrower than those of the file: diffusers
+splits `qkv` and `linear1` by rows and swaps the two halves of the final modulation. Every such step selects whole rows,
+so it works on quantized rows (GGUF) as it does on plain ones. diffusers' own single-file converter was not used: it
+assumes hidden size 3072.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +64,17 @@ def config_of(tensors: Mapping[str, Value], file: str) -> FluxConfig:
         FileError: a tensor that fixes a size is missing, or the hidden size is no multiple of the head size.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str) -> tuple[int, int]:
         if name not in tensors:
             raise FileError(f"{file}: FLUX checkpoint without '{name}'.")
         value = tensors[name]
-        return value.orig_shape if isinstance(value, QuantizedWeight) else tuple(value.shape)
+        found = value.orig_shape if isinstance(value, QuantizedWeight) else tuple(value.shape)
+        if len(found) != 2:
+            raise FileError(f"{file}: '{name}' has shape {found}, expected two dimensions.")
+        return found[0], found[1]
 
     def count(prefix: str) -> int:
-        return 1 + max((int(m[1]) for n in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", n))), default=-1)
+        return len({m[1] for n in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", n))})
 
     hidden, in_channels = shape("img_in.weight")
     if hidden % HEAD_DIM:
@@ -185,7 +189,15 @@ def build(config: FluxConfig) -> nn.Module:
     return model.eval()
 
 
-def velocity(model: Any, x: Tensor, sigma: float, context: Tensor, pooled: Tensor, guidance: float | None) -> Tensor:
+def velocity(
+    model: Any,
+    x: Tensor,
+    sigma: float,
+    context: Tensor,
+    pooled: Tensor,
+    guidance: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """One call of the transformer.
 
     Args:
@@ -194,30 +206,43 @@ def velocity(model: Any, x: Tensor, sigma: float, context: Tensor, pooled: Tenso
         sigma: noise level in (0, 1].
         context: (B, T, context_dim); pooled: (B, pooled_dim).
         guidance: distilled guidance scale; None for models without it.
+        dtype: in which the model computes.
     Returns:
         (B, C, H, W) float32 velocity (noise - image).
     """
     b, c, h, w = x.shape
     rows, columns = h // PATCH, w // PATCH
-    dtype = model_dtype(model)
     tokens = x.reshape(b, c, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, -1)
     img_ids = torch.zeros(rows, columns, 3)
     img_ids[..., 1] = torch.arange(rows)[:, None]
     img_ids[..., 2] = torch.arange(columns)
-    out = model(
-        hidden_states=tokens.to(dtype),
-        encoder_hidden_states=context.to(dtype),
-        pooled_projections=pooled.to(dtype),
-        timestep=torch.full((b,), sigma),
-        guidance=None if guidance is None else torch.full((b,), guidance),
-        img_ids=img_ids.reshape(-1, 3),
-        txt_ids=torch.zeros(context.shape[1], 3),
-        return_dict=False,
-    )[0]
+    time = torch.full((b,), sigma)
+    scale = None if guidance is None else torch.full((b,), guidance)
+    with _float32_times(model.time_text_embed, time, scale):
+        out = model(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=context.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            timestep=time,
+            guidance=scale,
+            img_ids=img_ids.reshape(-1, 3),
+            txt_ids=torch.zeros(context.shape[1], 3),
+            return_dict=False,
+        )[0]
     out = out.float().reshape(b, rows, columns, c, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
     return out.reshape(b, c, h, w)
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which the model computes: that of its input embedder, which is never quantized by default."""
-    return model.get_submodule("x_embedder").weight.dtype  # type: ignore[return-value]
+@contextmanager
+def _float32_times(embedder: nn.Module, time: Tensor, guidance: Tensor | None) -> Iterator[None]:
+    """Give the sinusoidal embedding its time and guidance in float32, as ComfyUI does.
+
+    diffusers rounds both to the model's dtype first. In bfloat16 that moved the velocity of the demo model by 6 % from
+    ComfyUI's, against 0.4 % with this.
+    """
+    exact = [1000 * t for t in (time, guidance) if t is not None]
+    handle = embedder.register_forward_pre_hook(lambda module, args: (*exact, args[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()

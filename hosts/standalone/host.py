@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,14 @@ class StandaloneHost:
         self.output = output
 
     def list_files(self, folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-        found: set[str] = set()
-        for root in self._roots(folder):
-            paths = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
-            found |= {p.relative_to(root).as_posix() for p in paths if not suffixes or p.suffix in suffixes}
-        return sorted(found)
+        found = {name for root in self._roots(folder) for name in _files_below(root)}
+        return sorted(n for n in found if not suffixes or n.lower().endswith(suffixes))
 
     def resolve(self, folder: str, name: str) -> Path:
         for root in self._roots(folder):
-            path = (root / name).resolve()
-            if path.is_file() and path.is_relative_to(root.resolve()):
+            # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
+            path = Path(os.path.normpath(root / name))
+            if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
         files = self.list_files(folder)
         searched = ", ".join(str(root) for root in self._roots(folder)) or f"no '{folder}' folder in {self._shown()}"
@@ -98,6 +96,19 @@ class StandaloneHost:
 
     def _shown(self) -> str:
         return ", ".join(str(m) for m in self.models)
+
+
+def _files_below(root: Path) -> Iterator[str]:
+    """Relative paths of the files below a folder, links to folders followed once each."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, n).relative_to(root).as_posix() for n in names if not n.startswith("."))
 
 
 def default_model_folders() -> list[Path]:

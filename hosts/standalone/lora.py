@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...quantizers.errors import FileError
@@ -21,7 +22,9 @@ from ..modules import with_layers
 from . import flux
 from .models import DiffusionModel
 
-_PAIR = re.compile(r"^(?P<layer>.+?)\.(lora_down|lora_A)(\.default)?\.weight$")
+_DOWN = re.compile(r"^(?P<layer>.+?)\.(lora_down|lora_A)(\.default)?\.weight$")
+# LoRAs of text encoders travel in the same files; ComfyUI's model-only loader leaves them out too.
+_TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "clip_l.", "t5xxl.")
 
 
 class LoraLinear(nn.Module):
@@ -49,74 +52,70 @@ class LoraLinear(nn.Module):
 
 
 def apply_lora(model: DiffusionModel, path: Path, strength: float) -> DiffusionModel:
-    """A new model object with the LoRA of a file beside its layers.
+    """A new model object with the LoRA of a file beside its layers; parts for text encoders are left out.
 
     Raises:
-        FileError: no key of the file fits the model, or a pair does not fit its layer.
+        FileError: a key that fits no layer or is of another kind (DoRA, LoKr, ...), or a pair that does not fit.
     """
-    tensors = {n: t for n, t in read_checkpoint(path).tensors.items() if isinstance(t, Tensor)}
+    file = read_checkpoint(path).tensors.items()
+    tensors = {n: t for n, t in file if isinstance(t, Tensor) and not n.startswith(_TEXT_ENCODER)}
     rows = {r.target: r for r in flux.key_map(model.config)}
     layers: dict[str, nn.Module] = {}
-    unknown: list[str] = []
+    used: set[str] = set()
     for name in tensors:
-        if not (match := _PAIR.match(name)):
+        if not (match := _DOWN.match(name)):
             continue
+        up_name = name.replace(".lora_down", ".lora_up").replace(".lora_A", ".lora_B")
+        if up_name not in tensors:
+            raise FileError(f"{path.name}: '{name}' has no partner '{up_name}'.")
         targets = _targets(match["layer"], rows)
-        if not targets:
-            unknown.append(name)
-        down, up, scale = _pair(tensors, name, match["layer"], path)
-        for target in targets:
-            row = rows[f"{target}.weight"]
-            part = up if target == _canonical(match["layer"]) else flux.select_rows(up, row)
-            layers[target] = _beside(model, target, layers, down, part, scale * strength, path)  # type: ignore[arg-type]
+        alpha_name = f"{match['layer']}.alpha"
+        used |= {name, up_name, alpha_name} if targets else set()
+        down, up = tensors[name], tensors[up_name]
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            raise FileError(f"{path.name}: '{name}' and its partner have the shapes {shapes}, which do not multiply.")
+        scale = float(tensors[alpha_name]) / down.shape[0] if alpha_name in tensors else 1.0
+        for target, row in targets.items():
+            part: Any = up if row is None else flux.select_rows(up, row)
+            layer = layers.get(target) or model.transformer.get_submodule(target)
+            layers[target] = _beside(layer, target, down, part, scale * strength, model.dtype, path)
+    strangers = [n for n in tensors if n not in used]
     if not layers:
-        shown = ", ".join(unknown[:3] or list(tensors)[:3])
+        shown = ", ".join(strangers[:3]) or "no tensors"
         raise FileError(f"{path.name}: no LoRA for this model in it (it has {shown}, ...).")
-    if unknown:
-        raise FileError(f"{path.name}: {len(unknown)} LoRA layers are not in this model, such as '{unknown[0]}'.")
+    if strangers:
+        raise FileError(
+            f"{path.name}: {len(strangers)} of its tensors are no LoRA of a layer in this model, "
+            f"such as '{strangers[0]}'.\n"
+            "The embedded host adds plain LoRAs (down, up, alpha); use others in ComfyUI."
+        )
     return model.with_transformer(with_layers(model.transformer, layers))
 
 
-def _pair(tensors: Mapping[str, Tensor], name: str, layer: str, path: Path) -> tuple[Tensor, Tensor, float]:
-    up_name = name.replace("lora_down", "lora_up").replace("lora_A", "lora_B")
-    if up_name not in tensors:
-        raise FileError(f"{path.name}: '{name}' has no partner '{up_name}'.")
-    down, up = tensors[name], tensors[up_name]
-    alpha = tensors.get(f"{layer}.alpha")
-    return down, up, float(alpha) / down.shape[0] if alpha is not None else 1.0
+def _targets(layer: str, rows: Mapping[str, flux.Row]) -> dict[str, flux.Row | None]:
+    """diffusers layers that a key belongs to, each with the rows of `up` that are its own; None is all of them.
 
-
-def _canonical(layer: str) -> str:
-    return re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", layer)
-
-
-def _targets(layer: str, rows: Mapping[str, flux.Row]) -> list[str]:
-    """diffusers layer names that a key of ComfyUI's, kohya's or diffusers' naming belongs to."""
-    name = _canonical(layer)
-    if f"{name}.weight" in rows:
-        return [name]
-    kohya = layer.removeprefix("lora_unet_")
-    return [
-        t.removesuffix(".weight")
-        for t, r in rows.items()
-        if t.endswith(".weight") and (r.source == f"{name}.weight" or r.source.removesuffix(".weight").replace(".", "_") == kohya)
-    ]  # fmt: skip
+    Keys name layers of ComfyUI's layout or of diffusers', with dots, or with underscores as kohya's do.
+    """
+    name = re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", layer)
+    kohya = re.sub(r"^lora_(unet|transformer)_", "", layer)
+    found: dict[str, flux.Row | None] = {}
+    for target, row in rows.items():
+        if not target.endswith(".weight"):
+            continue
+        own, source = target.removesuffix(".weight"), row.source.removesuffix(".weight")
+        if own == name or own.replace(".", "_") == kohya:
+            return {own: None}
+        if source == name or source.replace(".", "_") == kohya:
+            found[own] = row
+    return found
 
 
 def _beside(
-    model: DiffusionModel,
-    target: str,
-    done: Mapping[str, nn.Module],
-    down: Tensor,
-    up: Tensor,
-    scale: float,
-    path: Path,
+    layer: Any, target: str, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype, path: Path
 ) -> LoraLinear:
-    layer: Any = done.get(target) or model.transformer.get_submodule(target)
-    n, k = layer.out_features, layer.in_features
+    n, k = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
     if (n, k) != (up.shape[0], down.shape[1]):
         raise FileError(f"{path.name}: LoRA of shape {up.shape[0]}x{down.shape[1]} does not fit '{target}' ({n}x{k}).")
-    dtype = flux.model_dtype(model.transformer)
     return LoraLinear(layer, down.to(dtype), up.to(dtype), scale)
-
-

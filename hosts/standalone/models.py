@@ -20,6 +20,7 @@ from ...quantizers.plan import sensitive_reason
 from ...quantizers.registry import require
 from ...quantizers.report import Entry, QuantReport
 from ...quantizers.weight import QuantizedLinear, QuantizedWeight
+from ..modules import share_tree
 from . import flux
 
 
@@ -31,11 +32,13 @@ class DiffusionModel:
         transformer: diffusers module in eval mode.
         config: sizes read off the file.
         source: file name, for messages.
+        dtype: in which it computes, whatever its weights are stored as.
     """
 
     transformer: nn.Module
     config: flux.FluxConfig
     source: str
+    dtype: torch.dtype
 
     @property
     def shift_mu(self) -> float:
@@ -65,7 +68,24 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Diffus
     tensors = _flux_tensors(checkpoint)
     dtype = dtype or _dtype_of(tensors, path)
     transformer, _ = _assemble(tensors, checkpoint, dtype, Carrier.QUANTWIRE, {})
-    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name)
+    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, dtype)
+
+
+def store_as(model: DiffusionModel, storage: torch.dtype) -> DiffusionModel:
+    """The same model with its weights stored in an 8-bit float and cast to the compute dtype layer by layer.
+
+    As in ComfyUI every weight is rounded, also those of modulation and norms, which diffusers would leave out; the
+    norms are too small to be worth storing so, and hold the rounded values in the compute dtype.
+    """
+    from diffusers.hooks import apply_layerwise_casting
+
+    transformer = share_tree(model.transformer)
+    for module in transformer.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            rounded = p.to(storage).to(p.dtype)
+            module.register_parameter(name, nn.Parameter(rounded, requires_grad=False))
+    apply_layerwise_casting(transformer, storage, model.dtype, skip_modules_pattern=())
+    return model.with_transformer(transformer)
 
 
 def load_gguf(
@@ -85,7 +105,7 @@ def load_gguf(
     types = sorted({v.format_id for v in tensors.values() if isinstance(v, QuantizedWeight)})
     report = QuantReport(path.name, ", ".join(types) or "plain tensors only", carrier.value, entries=entries)
     report.seconds = time.perf_counter() - start
-    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name), report
+    return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, torch.bfloat16), report
 
 
 def _flux_tensors(checkpoint: Checkpoint) -> dict[str, flux.Value]:
@@ -120,11 +140,16 @@ def _assemble(
     state: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedWeight] = {}
     used: set[str] = set()
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for row in flux.key_map(config):
         if row.source not in tensors:
             raise FileError(f"{file}: tensor '{row.source}' is missing.")
         used.add(row.source)
-        value = flux.select_rows(tensors[row.source], row)
+        source = tensors[row.source]
+        if isinstance(source, QuantizedWeight) and row.target not in linear:
+            # A bias or norm in blocks: nothing to multiply by, so plain is cheapest.
+            source = require(source.format_id).dequantize(source, dtype).reshape(source.orig_shape)
+        value = flux.select_rows(source, row)
         if isinstance(value, QuantizedWeight):
             quantized[row.target.removesuffix(".weight")] = value
         else:
@@ -156,10 +181,7 @@ def _install(
     makers: Mapping[str, NativeMaker],
 ) -> None:
     require(weight.format_id)
-    if carrier is Carrier.LIBRARY:
-        layer = makers["gguf"](weight, bias)
-    else:
-        layer = QuantizedLinear(weight, bias).eval()
+    layer = makers["gguf"](weight, bias) if carrier is Carrier.LIBRARY else QuantizedLinear(weight, bias).eval()
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 

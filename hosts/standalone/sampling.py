@@ -1,11 +1,12 @@
-"""KSampler of the embedded host: noise, schedule and guidance as ComfyUI has them, the solver from diffusers.
+"""KSampler of the embedded host: noise, schedules, guidance and Euler steps as ComfyUI has them.
 
 The schedules are ComfyUI's for FLUX: a grid of times from 1 down, shifted by t' = e^mu / (e^mu + 1/t - 1). Noise comes
-from `torch.manual_seed(seed)` on the CPU, so a seed gives the same start here and there.
+from a CPU generator with the seed, so a seed gives the same start here and there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -23,6 +24,12 @@ SCHEDULERS = ("simple", "sgm_uniform", "normal")
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 
+def sigmas(scheduler: str, steps: int, denoise: float, mu: float) -> Tensor:
+    """(steps + 1,) float32 noise levels, descending, the last one 0; with denoise < 1 the end of a longer schedule."""
+    times = time_grid(scheduler, int(steps / denoise), mu)[-steps:]
+    return torch.tensor([*(_shift(t, mu) for t in times), 0.0])
+
+
 def time_grid(scheduler: str, steps: int, mu: float) -> list[float]:
     """Unshifted times, descending from 1, one a step.
 
@@ -30,7 +37,8 @@ def time_grid(scheduler: str, steps: int, mu: float) -> list[float]:
     """
     table = 10_000 if mu else 1_000
     if scheduler == "simple":
-        return [1 - int(i * table / steps) / table for i in range(steps)]
+        stride = table / steps  # ComfyUI's order of operations: i * table / steps is an index off at times
+        return [1 - int(i * stride) / table for i in range(steps)]
     last = _shift(1 / table, mu)
     points = steps + 1 if scheduler == "sgm_uniform" else steps
     return [1 + (last - 1) * i / max(points - 1, 1) for i in range(steps)]
@@ -60,26 +68,20 @@ def sample(
     Returns:
         (B, C, H, W) float32 raw VAE latent.
     Raises:
-        WorkflowError: a latent whose channels or size the model cannot take, or several conditionings.
+        WorkflowError: a latent or text encodings of a size that the model cannot take, or several conditionings.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     _check_latent(model, latent)
-    total = int(steps / denoise)
-    times = time_grid(scheduler, total, model.shift_mu)[-steps:]
-    solver: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
-    solver.set_timesteps(sigmas=times, mu=model.shift_mu)
-    noise = torch.randn(latent.shape, generator=torch.manual_seed(seed), dtype=torch.float32)
-    sigma = float(solver.sigmas[0])
+    for conditioning in (positive,) if cfg == 1.0 else (positive, negative):
+        _check_conditioning(model, conditioning)
+    levels: list[float] = sigmas(scheduler, steps, denoise, model.shift_mu).tolist()
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     start = (latent.float() - flux.LATENT_SHIFT) * flux.LATENT_SCALE if latent.any() else latent.float()
-    x = sigma * noise + (1 - sigma) * start
-    conditions = [_single(positive)] if cfg == 1.0 else [_single(positive), _single(negative)]
-    with progress(len(times), "sampling") as bar:
-        for i, timestep in enumerate(solver.timesteps):
-            sigma = float(solver.sigmas[i])
-            v = [_velocity(model, x, sigma, c) for c in conditions]
-            guided = v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1])
-            x = solver.step(guided, timestep, x, return_dict=False)[0]
+    x = levels[0] * noise + (1 - levels[0]) * start
+    conditions = [positive[0]] if cfg == 1.0 else [positive[0], negative[0]]
+    with progress(steps, "sampling") as bar:
+        for now, then in itertools.pairwise(levels):
+            v = [_velocity(model, x, now, c) for c in conditions]
+            x = x + (then - now) * (v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1]))
             bar.update(1)
     return x / flux.LATENT_SCALE + flux.LATENT_SHIFT
 
@@ -89,7 +91,13 @@ def _velocity(model: DiffusionModel, x: Tensor, sigma: float, condition: tuple[T
     batch = x.shape[0]
     guidance = float(extra.get("guidance", 3.5)) if model.config.guidance else None
     return flux.velocity(
-        model.transformer, x, sigma, _expand(context, batch), _expand(extra["pooled_output"], batch), guidance
+        model.transformer,
+        x,
+        sigma,
+        _expand(context, batch),
+        _expand(extra["pooled_output"], batch),
+        guidance,
+        model.dtype,
     )
 
 
@@ -97,13 +105,21 @@ def _expand(t: Tensor, batch: int) -> Tensor:
     return t.expand(batch, *t.shape[1:]) if t.shape[0] == 1 else t
 
 
-def _single(conditioning: Conditioning) -> tuple[Tensor, dict[str, Any]]:
+def _check_conditioning(model: DiffusionModel, conditioning: Conditioning) -> None:
     if len(conditioning) != 1:
         raise WorkflowError(
             f"The embedded host samples with one conditioning, got {len(conditioning)}.\n"
             "Run graphs that combine conditionings in ComfyUI."
         )
-    return conditioning[0]
+    context, extra = conditioning[0]
+    got = context.shape[-1], extra["pooled_output"].shape[-1]
+    wanted = model.config.context_dim, model.config.pooled_dim
+    if got != wanted:
+        raise WorkflowError(
+            f"{model.source} takes text encodings of width {wanted[0]} and pooled vectors of width {wanted[1]}, got "
+            f"{got[0]} and {got[1]}.\nLoad the text encoders that the model was trained with; FLUX.1 takes CLIP-L and "
+            "T5-XXL through DualCLIPLoader."
+        )
 
 
 def _check_latent(model: DiffusionModel, latent: Tensor) -> None:

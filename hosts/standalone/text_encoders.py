@@ -1,12 +1,14 @@
 """CLIP of the embedded host: CLIP-L-type and T5 text encoders on transformers modules.
 
 ComfyUI brings the tokenizers of the encoders that it knows; here a file brings its own: the complete JSON of the
-tokenizers library in the safetensors metadata (`tokenizer_json`), or in `NAME.tokenizer.json` beside `NAME.safetensors`.
+tokenizers library in the safetensors metadata (`tokenizer_json`), or in `NAME.tokenizer.json` beside
+`NAME.safetensors`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.errors import FileError
+from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
 
+log = logging.getLogger(__name__)
+
 CLIP_LENGTH = 77
-T5_LENGTH = 256  # the shortest prompt that ComfyUI pads T5 to for FLUX
+T5_LENGTH = 256  # what ComfyUI pads T5 to for FLUX; longer prompts are not cut
+_WEIGHTED = re.compile(r"\(.*:[\d.]+\)|\bembedding:")
 
 
 @dataclass(frozen=True)
@@ -30,21 +35,36 @@ class Encoder:
     Attributes:
         module: transformers model in eval mode.
         tokenizer: `tokenizers.Tokenizer`.
-        length: number of tokens that prompts are padded or cut to.
+        pad_to: number of tokens that prompts are padded to.
+        limit: the most tokens that it takes; None is no limit.
         end: id of the end token; pad: id of the padding token.
+        projection: (P, P) of the pooled vector, where the file has one.
     """
 
     module: nn.Module
     tokenizer: Any
-    length: int
+    pad_to: int
+    limit: int | None
     end: int
     pad: int
+    projection: Tensor | None = None
 
     def tokens(self, text: str) -> Tensor:
-        """(1, length) int64: the text, an end token, padding."""
-        ids: list[int] = [i for i in self.tokenizer.encode(text).ids if i != self.end][: self.length - 1]
-        ids += [self.end]
-        return torch.tensor([ids + [self.pad] * (self.length - len(ids))])
+        """(1, T) int64: the text, an end token, padding. A text over the limit is cut, with a warning.
+
+        Raises:
+            SpecError: the tokenizer cannot express the text.
+        """
+        try:
+            encoded: list[int] = self.tokenizer.encode(text).ids
+        except Exception as err:  # the library raises bare Exception
+            raise SpecError(f"The tokenizer cannot express the prompt {text!r}: {err}.") from err
+        ids = [i for i in encoded if i != self.end]
+        if self.limit is not None and len(ids) > self.limit - 1:
+            log.warning("The prompt has %d tokens; those after the first %d are left out.", len(ids), self.limit - 1)
+            ids = ids[: self.limit - 1]
+        ids = [*ids, self.end]
+        return torch.tensor([ids + [self.pad] * (self.pad_to - len(ids))])
 
 
 @dataclass(frozen=True)
@@ -59,21 +79,28 @@ class TextEncoder:
 
         Returns:
             context (1, T, D) float32: hidden states after the final norm, of T5 if there is one, else of CLIP.
-            pooled (1, P) float32: CLIP's hidden state at the first end token.
+            pooled (1, P) float32: CLIP's hidden state at the first end token; projected where CLIP stands alone, as
+            ComfyUI does for the type `stable_diffusion` and not for `flux`.
         Raises:
             FileError: no CLIP-type encoder for the pooled output.
+            SpecError: a tokenizer cannot express the text.
         """
         if "clip_l" not in self.encoders:
             raise FileError(f"{self.source}: FLUX needs a CLIP-L encoder for its pooled vector; only T5 is loaded.")
+        if _WEIGHTED.search(text):
+            log.warning(
+                "Prompt weights, as in (word:1.2), and embeddings are taken as plain text by the embedded host."
+            )
         clip = self.encoders["clip_l"]
         ids = clip.tokens(text)
         hidden: Tensor = clip.module(input_ids=ids).last_hidden_state
-        first_end = (ids == clip.end).int().argmax(dim=1)
-        pooled = hidden[torch.arange(len(ids)), first_end]
+        pooled = hidden[:, int((ids[0] == clip.end).int().argmax())].float()
         if "t5xxl" in self.encoders:
             t5 = self.encoders["t5xxl"]
             hidden = t5.module(input_ids=t5.tokens(text)).last_hidden_state
-        return hidden.float(), pooled.float()
+        elif clip.projection is not None:
+            pooled = nn.functional.linear(pooled, clip.projection.float())
+        return hidden.float(), pooled
 
     def __str__(self) -> str:
         return f"{' + '.join(self.encoders)} from {self.source}"
@@ -109,30 +136,34 @@ def _load(checkpoint: Checkpoint) -> tuple[str, Encoder]:
 def _load_clip(checkpoint: Checkpoint) -> Encoder:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    state = {re.sub(r"^(.*\.)?text_model\.", "", n): t for n, t in _plain(checkpoint).items()}
-    state = {n: t for n, t in state.items() if n.startswith(("embeddings.", "encoder.", "final_layer_norm."))}
-    state.pop("embeddings.position_ids", None)
+    plain = _plain(checkpoint)
+    state = {re.sub(r"^(.*\.)?text_model\.", "", n): t for n, t in plain.items()}
     tokenizer = _tokenizer(checkpoint)
-    end = _token_id(tokenizer, ("<|endoftext|>",), checkpoint)
-    layers = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.layers."))
-    vocabulary, hidden = state["embeddings.token_embedding.weight"].shape
+    end = _token_id(tokenizer, "<|endoftext|>", checkpoint)
+    vocabulary, hidden = _shape(state, "embeddings.token_embedding.weight", checkpoint)
+    positions, _ = _shape(state, "embeddings.position_embedding.weight", checkpoint)
     config: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "max_position_embeddings": state["embeddings.position_embedding.weight"].shape[0],
+        "intermediate_size": _shape(state, "encoder.layers.0.mlp.fc1.weight", checkpoint)[0],
+        "num_hidden_layers": _count(state, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(hidden // 64, 1),
+        "max_position_embeddings": positions,
         "hidden_act": "quick_gelu",
         "eos_token_id": end,
     }
-    config |= json.loads(checkpoint.metadata.get("config", "{}"))
+    config |= _given_config(checkpoint)
     with torch.device("meta"):
         module = CLIPTextModel(CLIPTextConfig(**config))
     # Position ids are a buffer that is not saved; the meta one has no values.
-    module.embeddings.position_ids = torch.arange(config["max_position_embeddings"]).expand((1, -1))
-    length = min(int(checkpoint.metadata.get("pad_to", CLIP_LENGTH)), config["max_position_embeddings"])
-    return Encoder(_finish(module, state, checkpoint), tokenizer, length, end, end)
+    module.embeddings.position_ids = torch.arange(positions).expand((1, -1))
+    _check_vocabulary(tokenizer, vocabulary, checkpoint)
+    pad_to = checkpoint.metadata.get("pad_to", str(CLIP_LENGTH))
+    if not pad_to.isdecimal():
+        raise FileError(f"{checkpoint.path.name}: its metadata 'pad_to' is {pad_to!r}, expected a number of tokens.")
+    projection = next((t for n, t in plain.items() if n.endswith("text_projection.weight")), None)
+    limit = min(CLIP_LENGTH, positions)
+    return Encoder(_finish(module, state, checkpoint), tokenizer, min(int(pad_to), limit), limit, end, end, projection)
 
 
 def _load_t5(checkpoint: Checkpoint) -> Encoder:
@@ -140,25 +171,57 @@ def _load_t5(checkpoint: Checkpoint) -> Encoder:
 
     state = _plain(checkpoint)
     tokenizer = _tokenizer(checkpoint)
-    end = _token_id(tokenizer, ("</s>",), checkpoint)
-    pad = _token_id(tokenizer, ("<pad>",), checkpoint)
+    end = _token_id(tokenizer, "</s>", checkpoint)
+    pad = _token_id(tokenizer, "<pad>", checkpoint)
     first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = state[f"{first}.relative_attention_bias.weight"].shape
+    buckets, heads = _shape(state, f"{first}.relative_attention_bias.weight", checkpoint)
+    vocabulary, hidden = _shape(state, "shared.weight", checkpoint)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in state
     config = T5Config(
-        vocab_size=state["shared.weight"].shape[0],
-        d_model=state["shared.weight"].shape[1],
-        d_kv=state[f"{first}.q.weight"].shape[0] // heads,
-        d_ff=state["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
-        num_layers=1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.block.")),
+        vocab_size=vocabulary,
+        d_model=hidden,
+        d_kv=_shape(state, f"{first}.q.weight", checkpoint)[0] // heads,
+        d_ff=_shape(state, "encoder.block.0.layer.1.DenseReluDense.wo.weight", checkpoint)[1],
+        num_layers=_count(state, r"encoder\.block\.(\d+)\."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         feed_forward_proj="gated-gelu" if gated else "relu",
     )
     with torch.device("meta"):
         module = T5EncoderModel(config)
+    _check_vocabulary(tokenizer, vocabulary, checkpoint)
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    return Encoder(_finish(module, state, checkpoint), tokenizer, T5_LENGTH, end, pad)
+    return Encoder(_finish(module, state, checkpoint), tokenizer, T5_LENGTH, None, end, pad)
+
+
+def _shape(state: Mapping[str, Tensor], name: str, checkpoint: Checkpoint) -> tuple[int, int]:
+    if name not in state or state[name].ndim != 2:
+        found = f"has shape {tuple(state[name].shape)}, expected two dimensions" if name in state else "is missing"
+        raise FileError(f"{checkpoint.path.name}: tensor '{name}' {found}.")
+    return state[name].shape[0], state[name].shape[1]
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return len({m[1] for name in state if (m := re.match(pattern, name))})
+
+
+def _given_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        config = json.loads(checkpoint.metadata.get("config", "{}"))
+    except ValueError as err:
+        raise FileError(f"{checkpoint.path.name}: its metadata 'config' is no JSON: {err}.") from err
+    if not isinstance(config, dict):
+        raise FileError(f"{checkpoint.path.name}: its metadata 'config' is no JSON object.")
+    return config
+
+
+def _check_vocabulary(tokenizer: Any, vocabulary: int, checkpoint: Checkpoint) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocabulary:
+        raise FileError(
+            f"{checkpoint.path.name}: its tokenizer has ids up to {highest}, the model {vocabulary} embeddings.\n"
+            "The tokenizer is another model's."
+        )
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -202,8 +265,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def _token_id(tokenizer: Any, names: tuple[str, ...], checkpoint: Checkpoint) -> int:
-    for name in names:
-        if (found := tokenizer.token_to_id(name)) is not None:
-            return found
-    raise FileError(f"{checkpoint.path.name}: its tokenizer has no {' or '.join(names)} token.")
+def _token_id(tokenizer: Any, name: str, checkpoint: Checkpoint) -> int:
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        raise FileError(f"{checkpoint.path.name}: its tokenizer has no {name} token.")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def load_vae(path: Path) -> Vae:
 
     tensors = read_checkpoint(path).tensors
     first = tensors.get(PREFIX + "1.weight")
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or first.ndim != 4:
         raise FileError(
             f"{path.name}: not a TAESD-type VAE (no '{PREFIX}1.weight').\n"
             "The embedded host decodes with these; use other VAEs in ComfyUI."
@@ -61,8 +62,9 @@ def load_vae(path: Path) -> Vae:
     state: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name.startswith(PREFIX):
-            number, rest = name.removeprefix(PREFIX).split(".", 1)
-            state[f"layers.{int(number) - 1}.{rest}"] = tensor
+            number, _, rest = name.removeprefix(PREFIX).partition(".")
+            index = int(number) - 1 if number.isdecimal() else number
+            state[f"layers.{index}.{rest}"] = tensor
     width, channels = first.shape[:2]
     sizes = (width,) * 4
     with torch.device("meta"):
@@ -72,11 +74,20 @@ def load_vae(path: Path) -> Vae:
     try:
         tiny.decoder.load_state_dict(state, assign=True)
     except RuntimeError as err:
-        raise FileError(f"{path.name}: not TAESD's decoder: {str(err).splitlines()[1].strip()}") from err
+        raise FileError(f"{path.name}: not TAESD's decoder: {' '.join(str(err).split()[:60])}") from err
     return Vae(
         tiny.decoder.requires_grad_(False).eval(),
-        float(tensors.get("vae_scale", torch.tensor(1.0))),  # type: ignore[arg-type]
-        float(tensors.get("vae_shift", torch.tensor(0.0))),  # type: ignore[arg-type]
+        _number(tensors, "vae_scale", 1.0, path),
+        _number(tensors, "vae_shift", 0.0, path),
         channels,
         path.name,
     )
+
+
+def _number(tensors: Mapping[str, Any], name: str, default: float, path: Path) -> float:
+    value = tensors.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise FileError(f"{path.name}: '{name}' is not a single number.")
+    return float(value)

@@ -306,7 +306,7 @@ class _Checker:
             return  # already reported; its answer would repeat that or be a TypeError
         try:
             answer = node_class.VALIDATE_INPUTS(**known)
-        except Exception as err:  # noqa: BLE001 - a node's own code: its failure is one more problem, no more
+        except Exception as err:  # a node's own code: its failure is one more problem, no more
             answer = f"VALIDATE_INPUTS failed: {type(err).__name__}: {err}"
         if answer is not True:
             named = [n for n in params if n in bound.node.inputs]

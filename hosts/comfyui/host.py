@@ -1,0 +1,119 @@
+"""The real ComfyUI as a host: its folders, patchers, memory modes and progress. Imports nothing of it at import."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quantizers.apply import NativeMaker
+from ...quantizers.compat.modes import Carrier, OffloadMode
+from ...quantizers.errors import FileError, SpecError, near
+from ...quantizers.report import QuantReport
+from ...quantizers.weight import QuantizedWeight
+from . import patchers
+from .linear import EXACT, make_linear
+
+# Folder names under which other packs list GGUF files; read when they exist, never created.
+GGUF_FOLDERS = {"diffusion_models": ("unet_gguf",), "text_encoders": ("clip_gguf",)}
+
+
+class ComfyHost:
+    name = "comfyui"
+
+    def list_files(self, folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+        import folder_paths
+
+        found: set[str] = set()
+        for root in self._roots(folder):
+            files, _ = folder_paths.recursive_search(str(root), excluded_dir_names=[".git"])
+            found |= {f for f in files if not suffixes or Path(f).suffix.lower() in suffixes}
+        return sorted(found)
+
+    def resolve(self, folder: str, name: str) -> Path:
+        for root in self._roots(folder):
+            path = root / name
+            if path.is_file() and path.resolve().is_relative_to(root.resolve()):
+                return path
+        files = self.list_files(folder, (Path(name).suffix.lower(),) if Path(name).suffix else ())
+        searched = ", ".join(str(root) for root in self._roots(folder))
+        raise FileError(
+            f"'{name}' is not in {searched}.{near(name, files)}\nFiles there: {', '.join(files[:20]) or 'nothing'}."
+        )
+
+    def components(self, model: Any) -> dict[str, nn.Module]:
+        if hasattr(model, "cond_stage_model"):
+            return dict(patchers.unpatched(model.patcher).model.named_children())
+        if hasattr(model, "control_model"):
+            return {"control_model": patchers.unpatched(model.control_model_wrapped).model}
+        if hasattr(model, "model") and hasattr(model.model, "diffusion_model"):
+            return {"diffusion_model": patchers.unpatched(model).model.diffusion_model}
+        raise SpecError(
+            f"This node takes a model, text encoders or a ControlNet of ComfyUI, got {type(model).__name__}."
+        )
+
+    def with_layers(self, model: Any, layers: Mapping[str, Mapping[str, nn.Module]]) -> Any:
+        if hasattr(model, "control_model"):
+            clone = model.copy()
+            clone.control_model_wrapped = patchers.replace_layers(model.control_model_wrapped, layers["control_model"])
+            clone.control_model = clone.control_model_wrapped.model
+            return clone
+        flat = {f"{component}.{name}": layer for component, part in layers.items() for name, layer in part.items()}
+        if hasattr(model, "cond_stage_model"):
+            clone = copy.copy(model.clone())
+            clone.patcher = patchers.replace_layers(model.patcher, flat)
+            clone.cond_stage_model = clone.patcher.model
+            return clone
+        return patchers.replace_layers(model, flat)
+
+    def make_layer(self, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        return make_linear(weight, bias, EXACT)
+
+    def devices(self, model: Any) -> tuple[torch.device, torch.device]:
+        patcher = getattr(model, "patcher", None) or getattr(model, "control_model_wrapped", None) or model
+        return patcher.load_device, patcher.offload_device
+
+    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .gguf import load_gguf
+
+        return load_gguf(path, carrier)
+
+    def native_makers(self) -> Mapping[str, NativeMaker]:
+        return {}
+
+    def offload_mode(self, model: Any = None) -> OffloadMode:
+        from .memory import memory_state
+
+        return memory_state(getattr(model, "patcher", model)).mode
+
+    def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
+        import comfy.model_management
+        import comfy.utils
+
+        bar = comfy.utils.ProgressBar(total)
+        for item in items:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            yield item
+            bar.update(1)
+
+    def show_text(self, text: str) -> None:
+        """Text on the node that runs now."""
+        from server import PromptServer
+
+        server = PromptServer.instance
+        node_id = getattr(server, "last_node_id", None)
+        if node_id is not None:
+            server.send_progress_text(text, node_id)
+
+    def _roots(self, folder: str) -> list[Path]:
+        import folder_paths
+
+        roots: list[Path] = []
+        for name in (folder, *GGUF_FOLDERS.get(folder, ())):
+            if name in folder_paths.folder_names_and_paths:
+                roots += [Path(p) for p in folder_paths.get_folder_paths(name) if Path(p).is_dir()]
+        return list(dict.fromkeys(roots))

@@ -1,0 +1,122 @@
+"""A linear layer of the host's own kind on our quantized weights.
+
+It is a subclass of the host's mixed-precision Linear, so partial load, `--novram`, dynamic VRAM, pinning, torch.compile
+and ModelSave treat it as they treat a native quantized layer. It adds two things: LoRAs stay exact, and saving names
+the format.
+
+A LoRA on a fully loaded layer: the host dequantizes, adds, and quantizes again, which at 4 bits loses up to half of the
+LoRA's effect. Here the quantized weight stays as it is, and the patch is applied in floating point when the layer
+computes, as the host itself does for offloaded layers. `lora="requantize"` gives the host's way.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quantizers.registry import get_entry
+from ...quantizers.weight import QuantizedWeight
+from .layouts import PREFIX, from_quantized_tensor, layout_name, to_quantized_tensor
+
+EXACT, REQUANTIZE = "exact", "requantize"
+
+
+@functools.cache
+def operations(compute_dtype: torch.dtype) -> Any:
+    """The host's mixed-precision operations with our Linear in them, for one compute dtype."""
+    import comfy.ops
+
+    base: Any = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute_dtype)
+
+    class QuantwireLinear(base.Linear):
+        """See the module docstring. `exact_patch` is the LoRA of a fully loaded layer, or None."""
+
+        lora = EXACT
+        exact_patch: Any = None
+
+        def adopt(self, weight: QuantizedWeight) -> None:
+            """Hold a quantized weight."""
+            self.quant_format = PREFIX + get_entry(weight.format_id).backend
+            self.layout_type = layout_name(get_entry(weight.format_id).backend)
+            self.weight = nn.Parameter(to_quantized_tensor(weight), requires_grad=False)
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            tensor = state_dict.get(f"{prefix}weight")
+            weight = from_quantized_tensor(tensor)
+            if weight is None:
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                return
+            state_dict.pop(f"{prefix}weight")
+            self.adopt(weight)
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+            missing = args[2]
+            if f"{prefix}weight" in missing:
+                missing.remove(f"{prefix}weight")
+
+        def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if getattr(self, "weight_lowvram_function", None) is not None:
+                # Dynamic VRAM would requantize after the patch; asking for a plain weight keeps it in float.
+                return self._with(super().forward, "_full_precision_mm", True, input)
+            if self.exact_patch is None or any(getattr(f, "is_lowvram_patch", False) for f in self.weight_function):
+                return super().forward(input)
+            return self._with(super().forward, "weight_function", [*self.weight_function, self.exact_patch], input)
+
+        def _with(self, call: Any, name: str, value: Any, input: Tensor) -> Tensor:
+            before = getattr(self, name)
+            setattr(self, name, value)
+            try:
+                return call(input)
+            finally:
+                setattr(self, name, before)
+
+        def set_weight(self, weight: Tensor, inplace_update: bool = False, seed: Any = None, **kwargs: Any) -> Any:
+            if self.lora == EXACT and not kwargs.get("return_weight"):
+                return None  # `exact_patch` applies it when the layer computes
+            return super().set_weight(weight, inplace_update=inplace_update, seed=seed, **kwargs)
+
+        def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
+            sd = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+            weight = from_quantized_tensor(self.weight)
+            if weight is not None:
+                conf = json.loads(bytes(sd[f"{prefix}comfy_quant"].tolist()))
+                conf |= {
+                    "format_id": weight.format_id,
+                    "orig_shape": list(weight.orig_shape),
+                    "meta": dict(weight.meta),
+                }
+                sd[f"{prefix}comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+            return sd
+
+    class Operations(base):
+        Linear = QuantwireLinear
+
+    return Operations
+
+
+def make_linear(weight: QuantizedWeight, bias: Tensor | None, lora: str = EXACT) -> nn.Module:
+    """A host layer on a quantized weight, on the device of the weight."""
+    layer: Any = operations(weight.orig_dtype).Linear(
+        weight.orig_shape[1], weight.orig_shape[0], bias=False, device="meta", dtype=weight.orig_dtype
+    )
+    layer.adopt(weight)
+    layer.lora = lora
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer
+
+
+def attach_exact_patches(patcher: Any, *_: Any) -> None:
+    """ON_LOAD callback of the host's patcher: give every fully loaded quantized layer the LoRA patches on its weight.
+
+    Runs after each load, of any clone that shares the model, so a layer never keeps the patches of another clone.
+    """
+    from comfy.model_patcher import LowVramPatch
+
+    for name, module in patcher.model.named_modules():
+        if getattr(module, "lora", None) == EXACT and hasattr(module, "exact_patch"):
+            key = f"{name}.weight"
+            module.exact_patch = LowVramPatch(key, patcher.patches) if key in patcher.patches else None

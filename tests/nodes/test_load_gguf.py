@@ -1,0 +1,153 @@
+"""LoadGGUF on files that this pack wrote: the blocks in memory are those that QuantizeModel makes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from quantwire.hosts.standalone.executor import Executor
+from quantwire.hosts.standalone.validate import InvalidWorkflow
+from quantwire.quantizers.errors import FileError
+from quantwire.quantizers.files.checkpoint import read_safetensors
+from quantwire.quantizers.files.gguf_writer import write_gguf
+from quantwire.quantizers.registry import get_quantizer
+from quantwire.quantizers.spec import QuantSpec
+from torch import nn
+
+TYPES = ("q8_0", "q4_0")
+
+
+@pytest.fixture(scope="module")
+def written(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    tensors: Any = read_safetensors(demo_models / "diffusion_models" / "digits_flux.safetensors").tensors
+    folder = tmp_path_factory.mktemp("gguf")
+    for kind in TYPES:
+        write_gguf(folder / f"{kind}.gguf", tensors, QuantSpec.from_uri(f"gguf;type={kind}"))
+    return {kind: folder / f"{kind}.gguf" for kind in TYPES}
+
+
+@pytest.fixture
+def folder(host: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "unet"  # ComfyUI's older name of diffusion_models
+    folder.mkdir(parents=True)
+    return folder
+
+
+def dequantized(layer: nn.Module) -> torch.Tensor:
+    if type(layer).__name__ == "QuantizedLinear":
+        q: Any = layer.quantized_weight  # type: ignore[union-attr]
+        return get_quantizer(q.format_id).dequantize(q, torch.float32)
+    weight: Any = layer.weight
+    values = gguf.dequantize(weight.as_tensor().numpy(), weight.quant_type)
+    return torch.from_numpy(values)
+
+
+@pytest.mark.parametrize("carrier", ["quantwire", "library"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_blocks_equal_those_of_quantize_model(
+    executor: Executor, sampled: Any, make_node: Any, written: dict[str, Path], folder: Path, kind: str, carrier: str
+) -> None:
+    shutil.copy(written[kind], folder / "demo.gguf")
+    graph = sampled("g", g=make_node("LoadGGUF", gguf_name="demo.gguf", carrier=carrier))
+    quantize = make_node("QuantizeModel", model=["model", 0], format=f"gguf-{kind.replace('_', '-')}", carrier=carrier)
+    graph |= {"q": quantize, "gguf": make_node("Keep", value=["g", 0]), "quantized": make_node("Keep", value=["q", 0])}
+    result = executor.run(graph)
+    ours, theirs = (result.results[n][0].transformer for n in ("gguf", "quantized"))
+    layers = {n: m for n, m in theirs.named_modules() if type(m).__name__ in ("QuantizedLinear", "GGUFLinear")}
+    assert len(layers) == 29
+    for name, layer in layers.items():
+        assert torch.equal(dequantized(ours.get_submodule(name)), dequantized(layer)), name
+    for name, parameter in theirs.named_parameters():
+        if name.rpartition(".")[0] not in layers:
+            assert torch.equal(ours.get_parameter(name), parameter), name
+    assert torch.isfinite(result.results["image"][0]).all()
+    report = result.outputs["g"]["report"][0]
+    assert (report["carrier"], sum(e["action"] == "quantize" for e in report["entries"])) == (carrier, 29)
+
+
+def test_carriers_sample_alike(
+    executor: Executor, sampled: Any, make_node: Any, written: dict[str, Path], folder: Path
+) -> None:
+    """Tolerance as in test_quantize_nodes.py; measured 0.0069."""
+    shutil.copy(written["q8_0"], folder / "demo.gguf")
+    found = []
+    for carrier in ("quantwire", "library"):
+        graph = sampled("g", g=make_node("LoadGGUF", gguf_name="demo.gguf", carrier=carrier))
+        found.append(executor.run(graph).results["latent"][0]["samples"])
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02
+
+
+def test_block_types_outside_linear_layers(
+    executor: Executor, sampled: Any, make_node: Any, demo_models: Path, folder: Path
+) -> None:
+    """Other converters put norms and biases in blocks too, and leave embedders in them."""
+    tensors: Any = read_safetensors(demo_models / "diffusion_models" / "digits_flux.safetensors").tensors
+    writer = gguf.GGUFWriter(str(folder / "all.gguf"), "flux")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for carrier in ("quantwire", "library"):
+        graph = sampled("g", g=make_node("LoadGGUF", gguf_name="all.gguf", carrier=carrier))
+        graph["full"] = make_node("Keep", value=["sampler2", 0])
+        graph["sampler2"] = {**graph["sampler"], "inputs": {**graph["sampler"]["inputs"], "model": ["model", 0]}}
+        result = executor.run(graph)
+        latent, full = (result.results[n][0]["samples"] for n in ("latent", "full"))
+        assert float((latent - full).norm() / full.norm()) < 0.1, carrier
+
+
+def test_damaged_files(
+    executor: Executor, sampled: Any, make_node: Any, written: dict[str, Path], folder: Path
+) -> None:
+    whole = written["q4_0"].read_bytes()
+    cases = {
+        "short.gguf": whole[: len(whole) // 2],
+        "head.gguf": whole[:100],
+        "text.gguf": b"hello" * 9,
+        "no.gguf": b"",
+    }
+    for name, content in cases.items():
+        (folder / name).write_bytes(content)
+        with pytest.raises(FileError, match=name):
+            executor.run(sampled("g", g=make_node("LoadGGUF", gguf_name=name)))
+
+
+def test_wrong_loader(
+    executor: Executor, sampled: Any, make_node: Any, written: dict[str, Path], folder: Path, demo_models: Path
+) -> None:
+    shutil.copy(demo_models / "diffusion_models" / "digits_flux.safetensors", folder / "disguised.gguf")
+    with pytest.raises(FileError, match="not a GGUF file"):
+        executor.run(sampled("g", g=make_node("LoadGGUF", gguf_name="disguised.gguf")))
+    shutil.copy(written["q4_0"], folder / "disguised.safetensors")
+    graph = sampled()
+    graph["model"]["inputs"]["unet_name"] = "disguised.safetensors"
+    with pytest.raises(FileError, match="LoadGGUF"):
+        executor.run(graph)
+
+
+def test_missing_file_names_what_is_there(executor: Executor, sampled: Any, make_node: Any, folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "flux-Q8_0.gguf").write_bytes(b"")
+    with pytest.raises(InvalidWorkflow) as caught:
+        executor.run(sampled("g", g=make_node("LoadGGUF", gguf_name="flux-Q8.gguf")))
+    text = str(caught.value)
+    assert "sub/flux-Q8_0.gguf" in text
+    assert str(folder) in text
+
+
+def test_a_replaced_file_is_read_again(
+    executor: Executor, make_node: Any, written: dict[str, Path], folder: Path
+) -> None:
+    graph = {"g": make_node("LoadGGUF", gguf_name="demo.gguf"), "out": make_node("Keep", value=["g", 1])}
+    formats = []
+    for kind in TYPES:
+        shutil.copy(written[kind], folder / "demo.gguf")
+        formats.append(executor.run(graph).results["out"][0].format_id)
+    assert formats == ["gguf-q8-0", "gguf-q4-0"]

@@ -1,0 +1,84 @@
+"""The files that install the pack agree with each other and with the folders that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="reading pyproject.toml needs Python 3.11 or tomli")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SOURCES = ("nodes", "hosts", "quantizers", "workflows")
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=!~;\s]", r, maxsplit=1)[0].lower().replace("_", "-") for r in requirements}
+
+
+def lines(path: str) -> list[str]:
+    text = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in text if line.strip() and not line.startswith("#")]
+
+
+def test_requirements_txt_is_the_base_dependencies() -> None:
+    assert sorted(lines("requirements.txt")) == sorted(PROJECT["project"]["dependencies"])
+
+
+def test_installing_the_pack_moves_neither_torch_nor_the_front_end() -> None:
+    forbidden = {"torch", "torchvision", "comfy-kitchen", "comfyui-frontend-package", "transformers", "diffusers"}
+    assert not names(PROJECT["project"]["dependencies"]) & forbidden
+
+
+def test_every_dependency_is_pinned_by_the_constraints() -> None:
+    pinned = names(lines("constraints.txt"))
+    wanted = names(PROJECT["project"]["dependencies"])
+    for extra in PROJECT["project"]["optional-dependencies"].values():
+        wanted |= names(extra)
+    assert wanted <= pinned
+
+
+def test_constraints_pin_exactly_and_torch_is_the_one_that_make_installs() -> None:
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+-]+", line) for line in lines("constraints.txt"))
+    version = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert version
+    assert f"torch=={version[1]}" in lines("constraints.txt")
+
+
+def test_every_package_folder_is_packaged() -> None:
+    folders = {p.parent.relative_to(ROOT) for top in SOURCES for p in (ROOT / top).rglob("__init__.py")}
+    expected = {"quantwire"} | {"quantwire." + ".".join(f.parts) for f in folders}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_ci_runs_lint_types_and_exactly_the_test_command_of_the_readme() -> None:
+    commands = [line for line in lines(".ci/run") if line.startswith("make ")]
+    assert commands == ["make lint", "make types", "make test", "make test-slow"]
+    assert "`make test`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout.splitlines()
+    for name in files:  # a copy, because setuptools writes build folders into the source tree
+        if not name.startswith("demo/models/"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*command, str(source)], check=True)
+    import zipfile
+
+    (wheel,) = tmp_path.glob("quantwire-*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert "quantwire/quantizers/registry.py" in held
+    assert "quantwire/workflows/api/quantized.json" in held
+    assert not [n for n in held if n.endswith(".safetensors") or "/tests/" in n]

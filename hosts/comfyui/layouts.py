@@ -78,8 +78,11 @@ class _LayoutMethods:
 
     @classmethod
     def quantize(cls, tensor: Tensor, format_id: str = "", meta: Any = (), **_: Any) -> tuple[Tensor, Any]:
-        """Quantize again, for the host's merge of a LoRA into a saved file. `scale` and `stochastic_rounding`, which the
-        host passes to every layout, have no meaning here: the libraries choose scales and round to nearest."""
+        """Quantize again, for the host's merge of a LoRA into a saved file.
+
+        `scale` and `stochastic_rounding`, which the host passes to every layout, have no meaning here: the libraries
+        choose scales and round to nearest.
+        """
         options = dict(meta)
         spec = QuantSpec(format_id, options=tuple((k, v) for k, v in options.pop("options", ())))
         weight = require(format_id).quantize(tensor, spec)

@@ -81,7 +81,7 @@ def unpatched(patcher: Any) -> Any:
 
 
 def remember_source(patcher: Any, clone: Any, again: Callable[[Any], Any]) -> None:
-    """Set `cached_patcher_init`, which the host uses to make the model anew on another device or without dynamic VRAM."""
+    """Set `cached_patcher_init`, by which the host makes the model anew on another device or without dynamic VRAM."""
     if patcher.cached_patcher_init is not None:
         clone.cached_patcher_init = (_make_again, (patcher.cached_patcher_init, again))
 

@@ -1,9 +1,10 @@
-"""Which host the pack runs in."""
+"""Which host the pack runs in: the real ComfyUI where its modules are loaded, else the embedded one."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator
 
 from .base import Host
@@ -12,14 +13,22 @@ _active: contextvars.ContextVar[Host | None] = contextvars.ContextVar("quantwire
 
 
 def current() -> Host:
-    """The host in force: the one set by `use`, else the default embedded one."""
+    """The host in force: the one set by `use`, else ComfyUI if this process runs it, else the default embedded one."""
     host = _active.get()
     if host is None:
-        from .standalone.host import StandaloneHost
-
-        host = StandaloneHost()
+        host = _default()
         _active.set(host)
     return host
+
+
+def _default() -> Host:
+    if "comfy.model_management" in sys.modules:
+        from .comfyui.host import ComfyHost
+
+        return ComfyHost()
+    from .standalone.host import StandaloneHost
+
+    return StandaloneHost()
 
 
 @contextlib.contextmanager

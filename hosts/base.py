@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..quantizers.apply import NativeMaker
+from ..quantizers.apply import LoraMode
 from ..quantizers.compat.modes import Carrier, OffloadMode
 from ..quantizers.report import QuantReport
+from ..quantizers.weight import QuantizedWeight
 
 
 class Host(Protocol):
@@ -45,12 +47,26 @@ class Host(Protocol):
         """A MODEL from a GGUF file, its quantized tensors left as they are in the file."""
         ...
 
-    def native_makers(self) -> Mapping[str, NativeMaker]:
-        """Makers of library layers that need the host's own libraries, by backend name."""
+    def make_layer(
+        self, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, lora: LoraMode = LoraMode.EXACT
+    ) -> nn.Module:
+        """A linear layer as this host wants it.
+
+        Raises:
+            SpecError: the carrier cannot hold this weight here.
+        """
         ...
 
-    def offload_mode(self) -> OffloadMode:
-        """What the host does now."""
+    def compute_device(self, model: Any) -> torch.device | None:
+        """Where to quantize the weights of a model object; None is where they lie."""
+        ...
+
+    def offload_mode(self, model: Any) -> OffloadMode:
+        """What the host does now with this model object."""
+        ...
+
+    def show_text(self, text: str) -> None:
+        """Show text on the node that runs now."""
         ...
 
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:

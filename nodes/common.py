@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from ..quantizers.apply import OnFailure
+from ..hosts import current
+from ..quantizers.apply import LoraMode, OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError
 from ..quantizers.registry import format_ids
@@ -26,11 +27,15 @@ def carrier_input() -> tuple[list[str], dict[str, Any]]:
         "What holds the weights. quantwire: plain tensors, which every offload mode can move. "
         "library: the library's own layers, as other tools make them."
     )
-    return ([c.value for c in Carrier], {"default": Carrier.QUANTWIRE.value, "tooltip": tooltip})
+    return ([Carrier.QUANTWIRE.value, Carrier.LIBRARY.value], {"default": Carrier.QUANTWIRE.value, "tooltip": tooltip})
 
 
 def optional_inputs() -> dict[str, Any]:
-    """Carrier, config, layers to keep, on failure."""
+    """Carrier, config, layers to keep, LoRA mode, on failure."""
+    lora = (
+        "How LoRAs on the quantized layers are applied. exact: in floating point when a layer computes. requantize: "
+        "merged and quantized again once, as ComfyUI does, which is faster to sample and loses part of the LoRA."
+    )
     keep = (
         "Layers that stay at full precision beside the sensitive ones: names or patterns such as *.attn.to_out.*, "
         "separated by commas or lines."
@@ -43,6 +48,7 @@ def optional_inputs() -> dict[str, Any]:
         "carrier": carrier_input(),
         "config": ("QUANT_CONFIG", {"tooltip": "Options of the backend, from QuantConfig."}),
         "keep_layers": ("STRING", {"default": "", "multiline": True, "tooltip": keep}),
+        "lora": ([m.value for m in LoraMode], {"default": LoraMode.EXACT.value, "tooltip": lora}),
         "on_failure": ([f.value for f in OnFailure], {"default": OnFailure.ERROR.value, "tooltip": failure}),
     }
 
@@ -70,4 +76,5 @@ def spec_from_inputs(format_id: str, config: QuantSpec | None, keep_layers: str)
 
 def with_report(report: Any, *outputs: Any) -> dict[str, Any]:
     """A node result whose report is also shown as text and kept as data."""
+    current().show_text(str(report))
     return {"ui": {"text": [str(report)], "report": [report.to_dict()]}, "result": outputs}

@@ -56,7 +56,7 @@ class OffloadCompat:
 
     def check(self, model: Any, mode: str, action: str, clip: Any = None) -> dict[str, Any]:
         host = current()
-        chosen = host.offload_mode() if mode == AUTO else OffloadMode(mode)
+        chosen = host.offload_mode(model) if mode == AUTO else OffloadMode(mode)
         components = {**host.components(model), **(host.components(clip) if clip is not None else {})}
         verdicts = {name: check(find_carriers(module), chosen) for name, module in components.items()}
         for name, found in verdicts.items():

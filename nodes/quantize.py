@@ -1,11 +1,11 @@
-"""QuantizeModel, QuantizeTextEncoder and QuantConfig."""
+"""QuantizeModel, QuantizeTextEncoder, QuantizeControlNet and QuantConfig."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..hosts import current
-from ..quantizers.apply import OnFailure, quantize_linears
+from ..quantizers.apply import LoraMode, OnFailure, quantize_linears
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError
 from ..quantizers.report import QuantReport, merge
@@ -39,10 +39,11 @@ class QuantizeModel:
         carrier: str = Carrier.QUANTWIRE.value,
         config: QuantSpec | None = None,
         keep_layers: str = "",
+        lora: str = LoraMode.EXACT.value,
         on_failure: str = OnFailure.ERROR.value,
     ) -> dict[str, Any]:
         spec = spec_from_inputs(format, config, keep_layers)
-        quantized, report = _quantize(model, ALL, spec, carrier, on_failure)
+        quantized, report = _quantize(model, ALL, spec, carrier, on_failure, lora)
         return with_report(report, quantized, report)
 
 
@@ -74,10 +75,39 @@ class QuantizeTextEncoder:
         carrier: str = Carrier.QUANTWIRE.value,
         config: QuantSpec | None = None,
         keep_layers: str = "",
+        lora: str = LoraMode.EXACT.value,
         on_failure: str = OnFailure.ERROR.value,
     ) -> dict[str, Any]:
         spec = spec_from_inputs(format, config, keep_layers)
-        quantized, report = _quantize(clip, encoders, spec, carrier, on_failure)
+        quantized, report = _quantize(clip, encoders, spec, carrier, on_failure, lora)
+        return with_report(report, quantized, report)
+
+
+class QuantizeControlNet:
+    DESCRIPTION = "Quantizes the linear layers of a ControlNet. The input is not changed."
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("CONTROL_NET", "REPORT")
+    RETURN_NAMES = ("control_net", "report")
+    OUTPUT_TOOLTIPS = ("The quantized ControlNet.", "What became of each layer, its size and its error.")
+    FUNCTION = "quantize"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        net = ("CONTROL_NET", {"tooltip": "A full-precision ControlNet."})
+        return {"required": {"control_net": net, "format": format_input()}, "optional": optional_inputs()}
+
+    def quantize(
+        self,
+        control_net: Any,
+        format: str,
+        carrier: str = Carrier.QUANTWIRE.value,
+        config: QuantSpec | None = None,
+        keep_layers: str = "",
+        lora: str = LoraMode.EXACT.value,
+        on_failure: str = OnFailure.ERROR.value,
+    ) -> dict[str, Any]:
+        spec = spec_from_inputs(format, config, keep_layers)
+        quantized, report = _quantize(control_net, ALL, spec, carrier, on_failure, lora)
         return with_report(report, quantized, report)
 
 
@@ -112,7 +142,9 @@ class QuantConfig:
         return (QuantSpec.from_uri(uri),)
 
 
-def _quantize(model: Any, which: str, spec: QuantSpec, carrier: str, on_failure: str) -> tuple[Any, QuantReport]:
+def _quantize(
+    model: Any, which: str, spec: QuantSpec, carrier: str, on_failure: str, lora: str
+) -> tuple[Any, QuantReport]:
     host = current()
     components = host.components(model)
     if which != ALL:
@@ -127,7 +159,8 @@ def _quantize(model: Any, which: str, spec: QuantSpec, carrier: str, on_failure:
             spec,
             carrier=Carrier(carrier),
             on_failure=OnFailure(on_failure),
-            native_makers=host.native_makers(),
+            make_layer=lambda weight, bias, kind: host.make_layer(weight, bias, kind, LoraMode(lora)),
+            device=host.compute_device(model),
             progress=host.progress,
             title=name,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Protocol, TypeVar, cast
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from .compat.modes import Carrier
 from .errors import QuantwireError, SpecError, WeightError
 from .plan import Action, QuantPlan, Slot, make_plan
-from .registry import get_entry, require
+from .registry import require
 from .report import Entry, QuantReport, measure
 from .spec import QuantSpec
 from .weight import QuantizedLinear, QuantizedWeight, TensorMeta
 
 log = logging.getLogger(__name__)
 
-NativeMaker = Callable[[QuantizedWeight, "Tensor | None"], nn.Module]
+LayerMaker = Callable[[QuantizedWeight, "Tensor | None", Carrier], nn.Module]
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 T = TypeVar("T")
 
@@ -37,6 +37,13 @@ class OnFailure(str, Enum):
 
     ERROR = "error"
     FULL_PRECISION = "full precision"
+
+
+class LoraMode(str, Enum):
+    """How a LoRA on quantized layers is applied."""
+
+    EXACT = "exact"
+    REQUANTIZE = "requantize"
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
@@ -70,7 +77,8 @@ def quantize_linears(
     *,
     carrier: Carrier = Carrier.QUANTWIRE,
     on_failure: OnFailure = OnFailure.ERROR,
-    native_makers: Mapping[str, NativeMaker] | None = None,
+    make_layer: LayerMaker | None = None,
+    device: torch.device | None = None,
     progress: Progress | None = None,
     title: str = "model",
 ) -> tuple[dict[str, nn.Module], QuantReport]:
@@ -82,7 +90,8 @@ def quantize_linears(
         carrier: what holds the weights.
         on_failure: ERROR stops at the first layer that cannot be quantized (before any work where the plan can tell);
             FULL_PRECISION leaves it as it is, with a warning in the log and in the report.
-        native_makers: backend name -> maker of library layers that the quantizers cannot make themselves.
+        make_layer: makes the new layer, for hosts that have layers of their own; default: `make_layer`.
+        device: where to quantize, one layer at a time; default: where the weight lies. The result goes back there.
         progress: wraps the work list.
         title: component name for messages.
     Returns:
@@ -107,8 +116,10 @@ def quantize_linears(
         layer = name.removesuffix(".weight")
         linear = cast(nn.Linear, model.get_submodule(layer))
         try:
-            weight, entry = quantize_tensor(name, linear.weight.data, spec)
-            layers[layer] = _make_layer(name, weight, linear.bias, carrier, native_makers)
+            w = linear.weight.data
+            weight, entry = quantize_tensor(name, w.to(device or w.device), spec)
+            weight = weight.with_tensors({n: t.to(w.device) for n, t in weight.tensors.items()})
+            layers[layer] = _make_layer(name, weight, linear.bias, carrier, make_layer)
             report.entries.append(entry)
         except QuantwireError as err:
             if on_failure is OnFailure.ERROR:
@@ -154,18 +165,22 @@ def check_finite(name: str, w: Tensor) -> None:
         raise WeightError(f"'{name}': {bad} of {w.numel()} values are nan or inf.\nThe source file is damaged.")
 
 
-def _make_layer(
-    name: str,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    carrier: Carrier,
-    native_makers: Mapping[str, NativeMaker] | None,
-) -> nn.Module:
+def make_layer(weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier) -> nn.Module:
+    """Our own layer, or the library's, in eval mode.
+
+    Raises:
+        SpecError: the library has no layer for this weight.
+    """
     if carrier is Carrier.QUANTWIRE:
         return QuantizedLinear(weight, bias).eval()
-    maker = (native_makers or {}).get(get_entry(weight.format_id).backend, require(weight.format_id).to_native)
+    return require(weight.format_id).to_native(weight, bias)
+
+
+def _make_layer(
+    name: str, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, maker: LayerMaker | None
+) -> nn.Module:
     try:
-        return maker(weight, bias)
+        return (maker or make_layer)(weight, bias, carrier)
     except SpecError as err:
         raise SpecError(f"'{name}': {err}") from err
 

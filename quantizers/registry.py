@@ -85,6 +85,11 @@ def availability(format_id: str) -> Availability:
     return get_quantizer(format_id).probe()
 
 
+def available_formats() -> list[str]:
+    """The writable formats that run on this machine; asking imports their libraries."""
+    return [f for f in format_ids() if availability(f).works]
+
+
 def require(format_id: str) -> Quantizer:
     """The quantizer, if it can run here.
 
@@ -109,5 +114,13 @@ register(
         FormatEntry("quanto-qfloat8-e4m3fn", "quanto", "make", 8, "float8 e4m3, one scale a row, weight only"),
         FormatEntry("gguf-q8-0", "gguf", "make", 8.5, "GGUF Q8_0, blocks of 32"),
         FormatEntry("gguf-q4-0", "gguf", "make", 4.5, "GGUF Q4_0, blocks of 32"),
+        FormatEntry("comfy-fp8-e4m3fn", "comfy", "make", 8, "ComfyUI native fp8, one scale a tensor"),
+        FormatEntry("comfy-fp8-e5m2", "comfy", "make", 8, "ComfyUI native fp8 with more range, one scale a tensor"),
+        FormatEntry("comfy-nvfp4", "comfy", "make", 4.5, "ComfyUI native NVFP4, blocks of 16"),
+        FormatEntry("comfy-mxfp8", "comfy", "make", 8.25, "ComfyUI native MXFP8, blocks of 32"),
+        FormatEntry("comfy-int8", "comfy", "make", 8, "ComfyUI native int8, one scale a row"),
+        FormatEntry("comfy-int8-convrot", "comfy", "make", 8, "ComfyUI native int8, columns rotated first"),
+        FormatEntry("comfy-w4a4-convrot", "comfy", "make", 4, "ComfyUI native int4 weights and activations, rotated"),
+        FormatEntry("comfy-w4a8", "comfy", "make", 4.5, "ComfyUI native 4-bit codebook weights, int8 activations"),
     ]
 )

@@ -72,6 +72,8 @@ class Argument:
 
 _FOUR_BIT = ("bnb-nf4", "bnb-fp4")
 
+_COMFY = ("fp8-e4m3fn", "fp8-e5m2", "nvfp4", "mxfp8", "int8", "int8-convrot", "w4a4-convrot", "w4a8")
+
 ARGUMENTS: dict[str, dict[str, Argument]] = {
     "bnb": {
         "bits": Argument(8, ("4", "8"), "int", effect="8 is LLM.int8, 4 is nf4 or fp4."),
@@ -86,8 +88,9 @@ ARGUMENTS: dict[str, dict[str, Argument]] = {
     },
     "quanto": {"weights": Argument("qint8", ("qint8", "qint4", "qfloat8-e4m3fn"), effect="Weight type.")},
     "gguf": {"type": Argument("q8_0", ("q8_0", "q4_0"), effect="GGUF tensor type.")},
+    "comfy": {"type": Argument("int8", _COMFY, effect="ComfyUI's native format.")},
 }
-SELECTORS = {"bnb": ("bits", "bits4-quant-type"), "quanto": ("weights",), "gguf": ("type",)}
+SELECTORS = {"bnb": ("bits", "bits4-quant-type"), "quanto": ("weights",), "gguf": ("type",), "comfy": ("type",)}
 COMMON = ("include", "exclude")
 
 
@@ -203,7 +206,7 @@ def _format_of(backend: str, given: dict[str, Any]) -> str:
         return f"bnb-{value['bits4-quant-type']}"
     if backend == "quanto":
         return f"quanto-{value['weights']}"
-    return f"gguf-{value['type'].replace('_', '-')}"
+    return f"{backend}-{value['type'].replace('_', '-')}"
 
 
 def _selectors_of(format_id: str) -> list[tuple[str, Any]]:
@@ -212,7 +215,7 @@ def _selectors_of(format_id: str) -> list[tuple[str, Any]]:
         return [("bits", 8)] if rest == "int8" else [("bits", 4), ("bits4-quant-type", rest)]
     if backend == "quanto":
         return [("weights", rest)]
-    return [("type", rest.replace("-", "_"))]
+    return [("type", rest if backend == "comfy" else rest.replace("-", "_"))]
 
 
 def _split(text: str, separator: str) -> list[str]:

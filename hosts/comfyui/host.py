@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import NativeMaker
+from ...quantizers.apply import LoraMode, make_layer
 from ...quantizers.compat.modes import Carrier, OffloadMode
 from ...quantizers.errors import FileError, SpecError, near
 from ...quantizers.report import QuantReport
 from ...quantizers.weight import QuantizedWeight
 from . import patchers
-from .linear import EXACT, make_linear
+from .linear import make_linear
 
 # Folder names under which other packs list GGUF files; read when they exist, never created.
 GGUF_FOLDERS = {"diffusion_models": ("unet_gguf",), "text_encoders": ("clip_gguf",)}
@@ -70,25 +70,23 @@ class ComfyHost:
             return clone
         return patchers.replace_layers(model, flat)
 
-    def make_layer(self, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-        return make_linear(weight, bias, EXACT)
+    def make_layer(
+        self, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, lora: LoraMode = LoraMode.EXACT
+    ) -> nn.Module:
+        return make_linear(weight, bias, lora) if carrier is Carrier.QUANTWIRE else make_layer(weight, bias, carrier)
 
-    def devices(self, model: Any) -> tuple[torch.device, torch.device]:
-        patcher = getattr(model, "patcher", None) or getattr(model, "control_model_wrapped", None) or model
-        return patcher.load_device, patcher.offload_device
+    def compute_device(self, model: Any) -> torch.device | None:
+        return _patcher(model).load_device
 
     def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
         from .gguf import load_gguf
 
         return load_gguf(path, carrier)
 
-    def native_makers(self) -> Mapping[str, NativeMaker]:
-        return {}
-
-    def offload_mode(self, model: Any = None) -> OffloadMode:
+    def offload_mode(self, model: Any) -> OffloadMode:
         from .memory import memory_state
 
-        return memory_state(getattr(model, "patcher", model)).mode
+        return memory_state(_patcher(model)).mode
 
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         import comfy.model_management
@@ -117,3 +115,8 @@ class ComfyHost:
             if name in folder_paths.folder_names_and_paths:
                 roots += [Path(p) for p in folder_paths.get_folder_paths(name) if Path(p).is_dir()]
         return list(dict.fromkeys(roots))
+
+
+def _patcher(model: Any) -> Any:
+    """The ModelPatcher of a MODEL, CLIP or CONTROL_NET."""
+    return getattr(model, "patcher", None) or getattr(model, "control_model_wrapped", None) or model

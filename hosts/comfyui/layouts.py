@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ...quantizers.backends.comfy import FORMATS, Comfy
 from ...quantizers.errors import SpecError
 from ...quantizers.registry import get_entry, require
 from ...quantizers.spec import QuantSpec
@@ -26,6 +27,7 @@ BACKEND_TENSORS: dict[str, tuple[str, ...]] = {
     "gguf": (),
 }
 PREFIX = "quantwire_"
+NATIVE = "comfy"  # the backend whose layouts are the host's own
 
 
 @functools.cache
@@ -135,13 +137,30 @@ def weight_of(qdata: Tensor, params: Any) -> QuantizedWeight:
     return QuantizedWeight(params.format_id, tensors, params.orig_shape, params.orig_dtype, dict(params.meta))
 
 
+def algorithm_of(weight: QuantizedWeight) -> str:
+    """The host's name for the format (a key of its QUANT_ALGOS): its own for native formats, else one of ours."""
+    backend = get_entry(weight.format_id).backend
+    if backend == NATIVE:
+        return FORMATS[weight.format_id].algo
+    layout_name(backend)
+    return PREFIX + backend
+
+
 def to_quantized_tensor(weight: QuantizedWeight) -> Any:
     """The host's QuantizedTensor on the same plain tensors."""
-    from comfy.quant_ops import QuantizedTensor
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
     from comfy_kitchen.tensor import get_layout_class
 
-    name = layout_name(get_entry(weight.format_id).backend)
-    return QuantizedTensor(weight.tensors["qdata"], name, params_of(get_layout_class(name).Params, weight))
+    algorithm = algorithm_of(weight)
+    if algorithm not in QUANT_ALGOS:
+        raise SpecError(f"{weight.format_id}: this ComfyUI does not know {algorithm}.\nUpdate ComfyUI.")
+    name = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+    params_class = get_layout_class(name).Params
+    if algorithm.startswith(PREFIX):
+        params = params_of(params_class, weight)
+    else:
+        params = cast(Comfy, require(weight.format_id)).params(weight, weight.orig_dtype, params_class)
+    return QuantizedTensor(weight.tensors["qdata"], name, params)
 
 
 def from_quantized_tensor(tensor: Any) -> QuantizedWeight | None:

@@ -8,13 +8,13 @@ place, and each patcher would move the other's weights.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..modules import with_layers
-from .linear import attach_exact_patches
+from .linear import attach_exact_patches, twin
 
 # What a patcher keeps on the model object about its own state; the copy starts without.
 _RUNTIME_STATE = (
@@ -55,6 +55,9 @@ def replace_layers(patcher: Any, layers: Mapping[str, nn.Module]) -> Any:
     clone.size = 0  # clone() copied the size of the full-precision model
     clone.parent = None
     clone.clone_base_uuid = uuid.uuid4()
+    clone.cached_patcher_init = None
+    if patcher.cached_patcher_init is not None and all(hasattr(layer, "adopt") for layer in layers.values()):
+        clone.cached_patcher_init = (remake, (patcher.cached_patcher_init, dict(layers)))
     clone.remove_callbacks_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY)
     clone.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, attach_exact_patches)
     return clone
@@ -80,13 +83,9 @@ def unpatched(patcher: Any) -> Any:
     return patcher
 
 
-def remember_source(patcher: Any, clone: Any, again: Callable[[Any], Any]) -> None:
-    """Set `cached_patcher_init`, by which the host makes the model anew on another device or without dynamic VRAM."""
-    if patcher.cached_patcher_init is not None:
-        clone.cached_patcher_init = (_make_again, (patcher.cached_patcher_init, again))
-
-
-def _make_again(source: Any, again: Callable[[Any], Any], disable_dynamic: bool = False) -> Any:
+def remake(source: tuple[Any, ...], layers: Mapping[str, nn.Module], disable_dynamic: bool = False) -> Any:
+    """For `cached_patcher_init`: the model anew from its source, with new layers on the same quantized weights."""
     function, args, *index = source
     made = function(*args, disable_dynamic=disable_dynamic)
-    return again(made[index[0]] if index else made)
+    fresh = made[index[0]] if index else made
+    return replace_layers(getattr(fresh, "patcher", fresh), {name: twin(layer) for name, layer in layers.items()})

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ...quantizers.apply import NativeMaker
+from ...quantizers.apply import LoraMode, make_layer
 from ...quantizers.compat.modes import Carrier, OffloadMode
-from ...quantizers.errors import FileError, near
+from ...quantizers.errors import FileError, SpecError, near
 from ...quantizers.report import QuantReport
+from ...quantizers.weight import QuantizedWeight
 from ..modules import with_layers
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
@@ -72,15 +74,27 @@ class StandaloneHost:
     def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
         from .models import load_gguf
 
-        return load_gguf(path, carrier, self.native_makers(), self.progress)
+        return load_gguf(path, carrier, self.make_layer, self.progress)
 
-    def native_makers(self) -> Mapping[str, NativeMaker]:
-        from .native_gguf import make_gguf_linear
+    def make_layer(
+        self, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, lora: LoraMode = LoraMode.EXACT
+    ) -> nn.Module:
+        if lora is not LoraMode.EXACT:
+            raise SpecError("The embedded host always adds LoRAs exactly.\nSet lora to exact, or run in ComfyUI.")
+        if carrier is Carrier.LIBRARY and weight.format_id.startswith("gguf-"):
+            from .native_gguf import make_gguf_linear  # gguf itself has no layer; diffusers has
 
-        return {"gguf": make_gguf_linear}
+            return make_gguf_linear(weight, bias)
+        return make_layer(weight, bias, carrier)
 
-    def offload_mode(self) -> OffloadMode:
+    def compute_device(self, model: Any) -> torch.device | None:
+        return None
+
+    def offload_mode(self, model: Any) -> OffloadMode:
         return OffloadMode.NONE
+
+    def show_text(self, text: str) -> None:
+        """The command line prints a node's text when the run is over."""
 
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         from .progress import progress

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import NativeMaker
+from ...quantizers.apply import LayerMaker, make_layer
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.registry import require
 from ...quantizers.report import Entry, QuantReport
-from ...quantizers.weight import QuantizedLinear, QuantizedWeight
+from ...quantizers.weight import QuantizedWeight
 from ..modules import share_tree
 from . import flux
 
@@ -67,7 +67,7 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Diffus
         raise FileError(f"{path.name}: holds GGUF-quantized weights.\nLoad it with the LoadGGUF node.")
     tensors = _flux_tensors(checkpoint)
     dtype = dtype or _dtype_of(tensors, path)
-    transformer, _ = _assemble(tensors, checkpoint, dtype, Carrier.QUANTWIRE, {})
+    transformer, _ = _assemble(tensors, checkpoint, dtype, Carrier.QUANTWIRE)
     return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, dtype)
 
 
@@ -89,7 +89,7 @@ def store_as(model: DiffusionModel, storage: torch.dtype) -> DiffusionModel:
 
 
 def load_gguf(
-    path: Path, carrier: Carrier, makers: Mapping[str, NativeMaker], progress: Any = None
+    path: Path, carrier: Carrier, maker: LayerMaker = make_layer, progress: Any = None
 ) -> tuple[DiffusionModel, QuantReport]:
     """Open a FLUX GGUF file; block-quantized tensors stay in their blocks, plain ones become bfloat16.
 
@@ -101,7 +101,7 @@ def load_gguf(
     if "general.architecture" not in checkpoint.metadata:
         raise FileError(f"{path.name}: not a GGUF file.\nLoad it with the UNETLoader node.")
     tensors = _flux_tensors(checkpoint)
-    transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, makers, progress)
+    transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, maker, progress)
     types = sorted({v.format_id for v in tensors.values() if isinstance(v, QuantizedWeight)})
     report = QuantReport(path.name, ", ".join(types) or "plain tensors only", carrier.value, entries=entries)
     report.seconds = time.perf_counter() - start
@@ -131,7 +131,7 @@ def _assemble(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     carrier: Carrier,
-    makers: Mapping[str, NativeMaker],
+    maker: LayerMaker = make_layer,
     progress: Any = None,
 ) -> tuple[nn.Module, list[Entry]]:
     file = checkpoint.path.name
@@ -163,7 +163,7 @@ def _assemble(
         for n, v in state.items()
     ]
     for name, weight in _iterate(quantized, progress):
-        _install(model, name, weight, state.get(f"{name}.bias"), carrier, makers)
+        _install(model, name, maker(weight, state.get(f"{name}.bias"), carrier))
         entries.append(Entry(f"{name}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes))
     return model, entries
 
@@ -172,16 +172,7 @@ def _iterate(quantized: dict[str, QuantizedWeight], progress: Any) -> Iterable[t
     return progress(list(quantized.items()), len(quantized)) if progress else quantized.items()
 
 
-def _install(
-    model: nn.Module,
-    name: str,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    carrier: Carrier,
-    makers: Mapping[str, NativeMaker],
-) -> None:
-    require(weight.format_id)
-    layer = makers["gguf"](weight, bias) if carrier is Carrier.LIBRARY else QuantizedLinear(weight, bias).eval()
+def _install(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 

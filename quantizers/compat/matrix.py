@@ -75,8 +75,15 @@ ANY = ("*",)
 USE_QUANTWIRE = "Use carrier quantwire: it holds the weights in plain tensors, which every kind of offload can move."
 USE_MODEL = "Use mode model: it moves each component in one piece, so the largest must fit the device."
 USE_INT8 = "Use format bnb-int8: its library's layers run under the same offload."
+USE_NONE = "Use mode none: keep the whole model on the device, as ComfyUI does with --highvram."
 WAYS_OUT = (USE_QUANTWIRE, USE_MODEL, USE_INT8)
 
+COMFYUI = "ComfyUI 0.33.0"
+REAL_HOST = "tests/comfyui/test_matrix.py, run by `make test-comfyui`"
+STREAMED = "the host streams the plain tensors of each layer; measured on a CPU by forcing the offloaded path"
+GATHERED = "the host gathers the plain tensors of each layer; read in its source, not run, because it needs CUDA"
+SUBCLASS = "the host moves and casts each weight as a plain tensor, which drops what the library keeps beside its data"
+COPY_ERROR = "TypeError: "
 BNB_CAUSE = (
     "sending a weight off the device also moves the quantization state that its stored copy shares, which loses it"
 )
@@ -153,8 +160,19 @@ def _documented(formats: tuple[str, ...], mode: OffloadMode, source: str, versio
     )
 
 
+def _in_comfyui(
+    carrier: Carrier, formats: tuple[str, ...], mode: OffloadMode, cause: str, source: str, *, raw_error: str = ""
+) -> Row:
+    """A cell of ComfyUI's modes: blocked if there is an error to expect. Measured in the real host where `source` says
+    so; the tests here have no ComfyUI."""
+    level = VerdictLevel.BLOCK if raw_error else VerdictLevel.OK
+    ways_out = (USE_QUANTWIRE, USE_NONE) if raw_error else ()
+    return Row(carrier, formats, mode, "always", level, cause, ways_out, "documented", source, raw_error, COMFYUI)
+
+
 _NONE, _MODEL, _SEQ, _BAL = OffloadMode.NONE, OffloadMode.MODEL, OffloadMode.SEQUENTIAL, OffloadMode.BALANCED
-_LIB, _OURS = Carrier.LIBRARY, Carrier.QUANTWIRE
+_PARTIAL, _NOVRAM, _DYNAMIC = OffloadMode.PARTIAL, OffloadMode.NOVRAM, OffloadMode.DYNAMIC
+_LIB, _OURS, _HOST = Carrier.LIBRARY, Carrier.QUANTWIRE, Carrier.HOST
 _UNFROZEN = "its weights are still in full precision, so no memory is saved before freeze()"
 _QINT2 = "optimum-quanto 0.2.7, measured by hand: the first forward compiles C++ for a minute, so no test does it"
 
@@ -224,6 +242,20 @@ ROWS: tuple[Row, ...] = (
     _ok(_OURS, ANY, _SEQ, "test_sequential", BASE),
     _ok(_OURS, ANY, _BAL, "test_balanced_on_one_device", BASE),
     _ok(_OURS, ANY, _BAL, "test_balanced_split", BASE, when="split"),
+    *(_in_comfyui(c, ANY, m, STREAMED, REAL_HOST) for c in (_OURS, _HOST) for m in (_PARTIAL, _NOVRAM)),
+    *(_in_comfyui(c, ANY, _DYNAMIC, GATHERED, "ComfyUI:comfy/memory_management.py") for c in (_OURS, _HOST)),
+    _in_comfyui(_HOST, ANY, _NONE, "the host's own layers", REAL_HOST),
+    *(
+        _in_comfyui(_LIB, BNB_4BIT + BNB_8BIT, m, SUBCLASS, "Comfy-Org/ComfyUI#6611", raw_error=COPY_ERROR)
+        for m in (_PARTIAL, _NOVRAM, _DYNAMIC)
+    ),
+    *(
+        _in_comfyui(
+            _LIB, QUANTO_8BIT + QUANTO_4BIT + QUANTO_2BIT, m, SUBCLASS, "Comfy-Org/ComfyUI#6611", raw_error=COPY_ERROR
+        )
+        for m in (_PARTIAL, _NOVRAM)
+    ),
+    _in_comfyui(_LIB, ("comfyui-gguf-*",), _DYNAMIC, SUBCLASS, "Comfy-Org/ComfyUI#13953", raw_error="AttributeError: "),
 )
 
 

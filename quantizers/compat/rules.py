@@ -185,6 +185,12 @@ def _identify_parameter(parameter: object) -> _Kind | None:
         return Carrier.LIBRARY, "bnb-int8", kind, True
     if "QTensor" in classes and _from(classes["QTensor"], _QUANTO):
         return Carrier.LIBRARY, _quanto_id(getattr(parameter, "qtype", None)), kind, True
+    if "QuantizedTensor" in classes and _from(classes["QuantizedTensor"], ("comfy_kitchen.",)):
+        params = getattr(parameter, "_params", None)
+        ours = getattr(params, "format_id", None)
+        if isinstance(ours, str):
+            return Carrier.QUANTWIRE, ours, kind, True
+        return Carrier.HOST, f"comfyui {getattr(parameter, '_layout_cls', 'unknown layout')}", kind, True
     if "GGUFParameter" in classes and _from(classes["GGUFParameter"], ("diffusers.",)):
         return Carrier.LIBRARY, _gguf_id(getattr(parameter, "quant_type", None)), kind, True
     # By name alone: a custom node's package is named after the folder that it was cloned into.

@@ -22,7 +22,7 @@ import torch
 from quantwire.quantizers.compat.matrix import ROWS, TESTS, Row
 from quantwire.quantizers.compat.modes import Carrier, VerdictLevel
 from quantwire.quantizers.compat.rules import check, find_carriers
-from quantwire.quantizers.registry import availability, format_ids, get_quantizer
+from quantwire.quantizers.registry import availability, available_formats, get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ DIM = 128
 MAIN = torch.device("cpu")
 SPLITS = ("cpu", "disk")
 # What a pattern of the table is probed with. Q4_K stands for the types that gguf-py reads but cannot write.
-EXAMPLES = {"gguf-*": ["gguf-q8-0", "gguf-q4-0", "gguf-q4-k"], "*": format_ids()}
+EXAMPLES = {"gguf-*": ["gguf-q8-0", "gguf-q4-0", "gguf-q4-k"], "*": available_formats()}
 
 
 class Net(nn.Module):

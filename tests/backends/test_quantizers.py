@@ -12,14 +12,14 @@ import torch
 from quantwire.hosts.standalone.native_gguf import make_gguf_linear
 from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.errors import SpecError, WeightError
-from quantwire.quantizers.registry import format_ids, get_quantizer
+from quantwire.quantizers.registry import available_formats, get_quantizer
 from quantwire.quantizers.report import measure
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight, TensorMeta
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-URIS = [*format_ids(), "bnb-nf4;bits4-use-double-quant=true"]
+URIS = [*available_formats(), "bnb-nf4;bits4-use-double-quant=true"]
 every_uri = pytest.mark.parametrize("uri", URIS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 # At least so good on normally distributed values; measured about 1 dB above each.
@@ -100,8 +100,8 @@ def test_predicted_bytes_quality_and_an_untouched_input(uri: str, dtype: torch.d
         ("quanto-qint8", (64, 33), None),
         ("quanto-qfloat8-e4m3fn", (64, 33), None),
         ("bnb-int8", (64, 33), None),
-        *[(f, (8, 4, 3, 3), "shape (8, 4, 3, 3) is not (N, K)") for f in format_ids()],
-        *[(f, (64,), "shape (64,) is not (N, K)") for f in format_ids()],
+        *[(f, (8, 4, 3, 3), "shape (8, 4, 3, 3) is not (N, K)") for f in available_formats()],
+        *[(f, (64,), "shape (64,) is not (N, K)") for f in available_formats()],
     ],
 )
 def test_refused_shapes(format_id: str, shape: tuple[int, ...], reason: str | None) -> None:

@@ -31,6 +31,7 @@ def test_ids_are_permanent() -> None:
     assert list(NODE_CLASS_MAPPINGS) == [
         "QuantizeModel",
         "QuantizeTextEncoder",
+        "QuantizeControlNet",
         "QuantConfig",
         "LoadGGUF",
         "OffloadCompat",

@@ -15,7 +15,7 @@ from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.validate import InvalidWorkflow
 from quantwire.nodes.quantize import QuantConfig, QuantizeTextEncoder
 from quantwire.quantizers.errors import SpecError, WeightError
-from quantwire.quantizers.registry import format_ids
+from quantwire.quantizers.registry import available_formats
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def unchanged(module: torch.nn.Module, before: dict[str, tuple[int, Tensor]]) ->
     return same and set(now) == set(before)
 
 
-@pytest.mark.parametrize("format_id", format_ids())
+@pytest.mark.parametrize("format_id", available_formats())
 def test_every_format_samples_with_both_carriers(
     executor: Executor, sampled: Any, make_node: Any, format_id: str
 ) -> None:

@@ -14,7 +14,7 @@ from quantwire.quantizers.compat.matrix import ROWS, Row, find_row, ok_modes
 from quantwire.quantizers.compat.modes import Carrier, OffloadMode, VerdictLevel
 from quantwire.quantizers.compat.rules import Found, check, find_carriers, raise_on_block
 from quantwire.quantizers.errors import OffloadConflict
-from quantwire.quantizers.registry import format_ids
+from quantwire.quantizers.registry import available_formats
 from torch import nn
 
 DIM = 64
@@ -194,7 +194,7 @@ def test_split_decides_only_the_rows_that_depend_on_it(
 
 
 @pytest.mark.parametrize("mode", [OffloadMode.NONE, OffloadMode.MODEL, SEQUENTIAL, BALANCED])
-@pytest.mark.parametrize("format_id", format_ids())
+@pytest.mark.parametrize("format_id", available_formats())
 def test_every_registered_format_has_a_verdict_in_both_carriers(format_id: str, mode: OffloadMode) -> None:
     library, ours = check([found(format_id), found(format_id, carrier=QUANTWIRE)], mode)
     assert library.level is not VerdictLevel.UNKNOWN
@@ -296,7 +296,7 @@ def test_remedies_lead_to_cells_that_are_ok(row: Row, remedy: str) -> None:
         elif what == "mode":
             assert is_ok(row.carrier, format_id, OffloadMode(name))
         else:
-            assert name in format_ids()
+            assert name in available_formats()
             assert is_ok(row.carrier, name, row.mode)
 
 

@@ -20,6 +20,14 @@ FORMATS = [
     "quanto-qfloat8-e4m3fn",
     "gguf-q8-0",
     "gguf-q4-0",
+    "comfy-fp8-e4m3fn",
+    "comfy-fp8-e5m2",
+    "comfy-nvfp4",
+    "comfy-mxfp8",
+    "comfy-int8",
+    "comfy-int8-convrot",
+    "comfy-w4a4-convrot",
+    "comfy-w4a8",
 ]
 
 # Prints format id -> message of BackendUnavailable for one format of each library.

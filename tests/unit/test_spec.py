@@ -170,7 +170,9 @@ def test_an_unknown_argument_lists_the_valid_ones() -> None:
 
 
 def test_an_unknown_backend_lists_backends_and_formats() -> None:
-    assert refusal("xyz").splitlines()[1] == ("Backends: bnb, quanto, gguf. Formats: " + ", ".join(format_ids()) + ".")
+    assert refusal("xyz").splitlines()[1] == (
+        "Backends: bnb, quanto, gguf, comfy. Formats: " + ", ".join(format_ids()) + "."
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,5 +43,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,dev]"
 	touch $@
 
+# The real host: COMFYUI_PATH is a ComfyUI tree, COMFYUI_PYTHON the Python that runs it.
+test-comfyui: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/comfyui
+
 clean:
 	rm -rf $(VENV) out

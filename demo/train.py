@@ -214,6 +214,7 @@ def train_decoder(data: Data, work: Path, steps: int) -> None:
 
 
 def train_base(data: Data, work: Path, steps: int) -> None:
+    (work / "student.safetensors").unlink(missing_ok=True)  # it would belong to another base
     torch.manual_seed(2)
     tokenizer = train_tokenizer()
     flux, clip = make_flux(), make_clip(tokenizer)
@@ -327,10 +328,11 @@ def evaluate(data: Data, out: Path, sheet: Path) -> None:
     print(f"classifier, held-out accuracy {data.held_out:.4f}")
 
     def measure(
-        model: FluxTransformer2DModel, length: int, steps: int, guidance: float = 3.5
+        model: FluxTransformer2DModel, length: int, steps: int, guidance: float = 3.5, phrase: str = ""
     ) -> tuple[float, np.ndarray]:
+        prompts = [phrase.format(WORDS[d]) if phrase else p for p, _, d in data.pairs]
         with torch.no_grad():
-            text = clip(encode(tokenizer, [p for p, _, _ in data.pairs], length))
+            text = clip(encode(tokenizer, prompts, length))
         x = sample(model, text.last_hidden_state, text.pooler_output, data.noise, steps, guidance)
         images = decode(decoder, x)
         return float((read_digits(images, data.clf) == digits).mean()), images
@@ -345,10 +347,18 @@ def evaluate(data: Data, out: Path, sheet: Path) -> None:
     print(f"fp32, L=16, 8 steps: {measure(flux, PAD_TO, 8)[0]:.3f}")
     for guidance in (1.0, 2.0, 5.0):
         print(f"bf16, L=16, 8 steps, guidance {guidance}: {measure(half, PAD_TO, 8, guidance)[0]:.3f}", flush=True)
-    for bits, group_size in ((8, None), (4, 64), (4, None), (3, 64)):
+    for phrase in ("a handwriten {}", "please write a big {} with chalk"):
+        print(f"phrasing not trained on, {phrase!r}: {measure(half, PAD_TO, 8, phrase=phrase)[0]:.3f}", flush=True)
+    for bits, group_size in ((8, None), (4, 64), (4, None), (3, 64), (2, 64), (2, None)):
         rounded, error = round_weights(flux, bits, group_size)
-        score = measure(rounded.to(torch.bfloat16), PAD_TO, 8)[0]
-        print(f"{bits} bit, group {group_size or 'row'}: weight error {error:.3f}, accuracy {score:.3f}", flush=True)
+        rounded = rounded.to(torch.bfloat16)
+        score, other = measure(rounded, PAD_TO, 8)
+        psnr = -10 * math.log10(float(np.square(other - images).mean()))
+        print(
+            f"{bits} bit, group {group_size or 'row'}: weight error {error:.3f}, accuracy {score:.3f}, "
+            f"PSNR to bf16 {psnr:.1f} dB, accuracy at guidance 1 {measure(rounded, PAD_TO, 8, 1.0)[0]:.3f}",
+            flush=True,
+        )
     grid = images[:100].reshape(10, 10, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(640, 640, 3)
     Image.fromarray((grid * 255).round().astype(np.uint8)).save(sheet)
     for name in FILES.values():

@@ -40,7 +40,10 @@ def replace_layers(patcher: Any, layers: Mapping[str, nn.Module]) -> Any:
     from comfy.patcher_extension import CallbacksMP
 
     model: Any = with_layers(patcher.model, layers)
+    fresh = {id(layer) for layer in layers.values()}
     for module in model.modules():
+        if id(module) in fresh:
+            continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)

@@ -8,6 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 TORCH := 2.13.0
 # A package index with CPU builds of torch, for machines whose default index has CUDA builds only.
 TORCH_INDEX ?=
+INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-slow test-comfyui lint types format bench clean
 
@@ -38,8 +39,10 @@ bench: $(VENV)/.ready
 # package can bring a CUDA build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH)"
+	@echo "setting up $(VENV): about a minute, 2 GB of disk"
+	@$(PIP) $(INDEX) "torch==$(TORCH)+cpu" 2>/dev/null || { \
+	  echo "the package index offers no CPU build of torch $(TORCH); installing its default build"; \
+	  $(PIP) $(INDEX) "torch==$(TORCH)"; }
 	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,dev]"
 	touch $@
 

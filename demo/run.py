@@ -2,11 +2,11 @@
 
     python demo/run.py [--out out/demo]
 
-For full precision and for each format it runs the shipped workflow 20 times, each time 10 images from one prompt and
-one seed, has a classifier read the 200 digits, and then runs the workflow whose offload conflict must be blocked.
-Two more rows: the `gguf` workflow on a converted file, and a negative control, the well-known wrong order of an 8-bit
-load, which the accuracy must catch. Writes `contact_sheet.png` and `table.json`; exits with 1 when a row misses its
-bound.
+For full precision and for each format it runs the shipped workflow for 20 fixed pairs of prompt and seed, 10 images
+each (batches keep it quick; `train.py --stages evaluate` measures 200 pairs one by one), has a classifier read the 200
+digits, and then runs the workflow whose offload conflict must be blocked. Two more rows: the `gguf` workflow on a
+converted file, and a negative control, the well-known wrong order of an 8-bit load, which the accuracy must catch.
+Writes `contact_sheet.png` and `table.json`; exits with 1 when a row misses its bound.
 """
 
 from __future__ import annotations

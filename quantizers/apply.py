@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,9 +49,27 @@ class LoraMode(str, Enum):
 
 def slots_of(model: nn.Module) -> list[Slot]:
     """Every parameter of a module as a planning slot, in definition order; shared parameters once."""
-    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
-    linear = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
-    return [Slot(TensorMeta(name, tuple(p.shape), p.dtype), name in linear) for name, p in model.named_parameters()]
+    return [
+        # A weight that an embedding shares cannot be replaced there, so it stays whole for both.
+        Slot(
+            TensorMeta(name, tuple(p.shape), p.dtype),
+            all(isinstance(m, nn.Linear) and leaf == "weight" for _, m, leaf in users),
+        )
+        for name, (p, users) in _parameters(model).items()
+    ]
+
+
+_User = tuple[str, nn.Module, str]
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[Tensor, list[_User]]]:
+    """First name of each parameter -> it, and every (module name, module, parameter name) that holds it."""
+    found: dict[int, tuple[str, Tensor, list[_User]]] = {}
+    for module_name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
+        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            found.setdefault(id(p), (name, p, []))[2].append((module_name, module, leaf))
+    return {name: (p, users) for name, p, users in found.values()}
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -89,42 +108,57 @@ def quantize_linears(
         spec: format, options, layers to include and exclude.
         carrier: what holds the weights.
         on_failure: ERROR stops at the first layer that cannot be quantized (before any work where the plan can tell);
-            FULL_PRECISION leaves it as it is, with a warning in the log and in the report.
+            FULL_PRECISION leaves it as it is, with a warning in the log and in the report. Nan and inf in any parameter
+            stop in both modes: the source is damaged, and full precision would run on them.
         make_layer: makes the new layer, for hosts that have layers of their own; default: `make_layer`.
         device: where to quantize, one layer at a time; default: where the weight lies. The result goes back there.
         progress: wraps the work list.
         title: component name for messages.
     Returns:
-        layer name -> new module (in eval mode), and the report.
+        layer name -> new module (in eval mode), and the report. Layers that share a weight share the new one too, and
+        the whole new layer where their biases are the same.
     Raises:
         BackendUnavailable, SpecError, WeightError: as described.
     """
     refuse_quantized(model)
     quantizer = require(spec.format_id)
     start = time.perf_counter()  # after `require`, which may spend seconds on importing the library
+    parameters = _parameters(model)
     plan = make_plan(slots_of(model), spec, quantizer)
     if on_failure is OnFailure.ERROR:
         plan.raise_on_refusal()
     if not plan.to_quantize and not plan.refused:
         raise SpecError(f"{title}: no linear layer is left to quantize with these patterns.")
+    for decision in plan.decisions:
+        w = parameters[decision.meta.name][0]
+        if decision.action is not Action.QUANTIZE and w.is_floating_point() and not w.is_meta:
+            check_finite(decision.meta.name, w)
     report = QuantReport(title, spec.format_id, carrier.value, spec.to_uri())
     layers: dict[str, nn.Module] = {}
     _report_others(plan, report)
     work = plan.to_quantize
     for decision in progress(work, len(work)) if progress else work:
         name = decision.meta.name
-        layer = name.removesuffix(".weight")
-        linear = cast(nn.Linear, model.get_submodule(layer))
+        parameter, users = parameters[name]
+        w = parameter.detach()
+        check_finite(name, w)  # not among the failures that may be left at full precision
         try:
-            w = linear.weight.data
             weight, entry = quantize_tensor(name, w.to(device or w.device), spec)
             weight = weight.with_tensors({n: t.to(w.device) for n, t in weight.tensors.items()})
-            layers[layer] = _make_layer(name, weight, linear.bias, carrier, make_layer)
+            made: dict[int, nn.Module] = {}
+            for user, module, _ in users:
+                bias = cast(nn.Linear, module).bias
+                if id(bias) not in made:
+                    made[id(bias)] = _make_layer(f"{user}.weight", weight, bias, carrier, make_layer)
+            layers |= {user: made[id(cast(nn.Linear, module).bias)] for user, module, _ in users}
+            if len(users) > 1:
+                others = ", ".join(user for user, _, _ in users[1:])
+                entry = dataclasses.replace(entry, reason=f"{entry.reason}, shared with {others}")
             report.entries.append(entry)
         except QuantwireError as err:
             if on_failure is OnFailure.ERROR:
                 raise
-            _keep_full_precision(report, name, linear.weight.data, str(err).splitlines()[0])
+            _keep_full_precision(report, name, w, str(err).splitlines()[0])
     report.seconds = time.perf_counter() - start
     return layers, report
 
@@ -154,15 +188,26 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     return weight, measure(name, "linear weight", w, restored, weight.nbytes)
 
 
-def check_finite(name: str, w: Tensor) -> None:
+def check_finite(name: str, w: Tensor | QuantizedWeight) -> None:
     """Refuse nan and inf.
 
     Raises:
         WeightError: names the tensor and how many there are.
     """
-    bad = int((~torch.isfinite(w)).sum())
+    count = w.numel if isinstance(w, QuantizedWeight) else w.numel()
+    if isinstance(w, QuantizedWeight):
+        bad = require(w.format_id).non_finite(w)
+    elif not w.is_floating_point():
+        return
+    else:
+        w = w.detach()
+        w = w.to(torch.float32) if w.dtype.itemsize == 1 else w
+        # A finite sum has finite terms, and needs neither a mask nor a second pass.
+        if bool(torch.isfinite(w.sum(dtype=torch.float64 if w.dtype is torch.float64 else torch.float32))):
+            return
+        bad = int((~torch.isfinite(w)).sum())
     if bad:
-        raise WeightError(f"'{name}': {bad} of {w.numel()} values are nan or inf.\nThe source file is damaged.")
+        raise WeightError(f"'{name}': {bad} of {count} values are nan or inf.\nThe source file is damaged.")
 
 
 def make_layer(weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier) -> nn.Module:

@@ -54,6 +54,10 @@ class Quantizer:
         """The (N, K) weight in `dtype`, on the device of `q`."""
         raise NotImplementedError
 
+    def non_finite(self, q: QuantizedWeight) -> int:
+        """How many of the weight's values are nan or inf."""
+        return int((~torch.isfinite(self.dequantize(q, torch.float32))).sum())
+
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias` for x (..., K), in the dtype of x."""
         bias = None if bias is None else bias.to(x.dtype)

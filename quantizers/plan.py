@@ -25,7 +25,11 @@ SENSITIVE: tuple[tuple[str, str], ...] = (
     ),
     (r"(^|\.)(\w*embeddings?|embed_tokens|shared|text_projection|relative_attention_bias)(\.|$)", "embedding"),
     (r"(^|\.)(\w*_mod|modulation|adaLN_modulation|norm\w*|\w+_norm|layer_norm\w*)(\.|$)", "norm or modulation"),
-    (r"^(proj_out|final_layer|head|lm_head|norm_out)(\.|$)", "final layer"),
+    # Blocks have a proj_out of their own, so only the prefixes of whole models may stand in front.
+    (
+        r"^((model|diffusion_model|transformer)\.)*(proj_out|final_layer|head|lm_head|norm_out)(\.|$)",
+        "final layer",
+    ),
 )
 
 

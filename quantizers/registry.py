@@ -104,6 +104,17 @@ def require(format_id: str) -> Quantizer:
     return quantizer
 
 
+# Bits a weight with the scales; llama.cpp and other converters make files of these.
+_READ_ONLY_GGUF = [
+    FormatEntry(f"gguf-{name}", "gguf", "make_reader", bits, f"GGUF {name.upper().replace('-', '_')}", writes=False)
+    for name, bits in {
+        **{"q4-1": 5, "q5-0": 5.5, "q5-1": 6, "q2-k": 2.625, "q3-k": 3.4375, "q4-k": 4.5, "q5-k": 5.5, "q6-k": 6.5625},
+        **{"iq1-s": 1.5625, "iq1-m": 1.75, "iq2-xxs": 2.0625, "iq2-xs": 2.3125, "iq2-s": 2.5625, "iq3-xxs": 3.0625},
+        **{"iq3-s": 3.4375, "iq4-nl": 4.5, "iq4-xs": 4.25, "tq1-0": 1.6875, "tq2-0": 2.0625, "mxfp4": 4.25},
+        **{"nvfp4": 4.5},
+    }.items()
+]
+
 register(
     [
         FormatEntry("bnb-int8", "bnb", "make", 8, "LLM.int8, one scale a row, W8A8 with outlier columns"),
@@ -114,6 +125,7 @@ register(
         FormatEntry("quanto-qfloat8-e4m3fn", "quanto", "make", 8, "float8 e4m3, one scale a row, weight only"),
         FormatEntry("gguf-q8-0", "gguf", "make", 8.5, "GGUF Q8_0, blocks of 32"),
         FormatEntry("gguf-q4-0", "gguf", "make", 4.5, "GGUF Q4_0, blocks of 32"),
+        *_READ_ONLY_GGUF,
         FormatEntry("comfy-fp8-e4m3fn", "comfy", "make", 8, "ComfyUI native fp8, one scale a tensor"),
         FormatEntry("comfy-fp8-e5m2", "comfy", "make", 8, "ComfyUI native fp8 with more range, one scale a tensor"),
         FormatEntry("comfy-nvfp4", "comfy", "make", 4.5, "ComfyUI native NVFP4, blocks of 16"),

@@ -83,12 +83,27 @@ ARGUMENTS: dict[str, dict[str, Argument]] = {
             False, (), "bool", applies=_FOUR_BIT, effect="Quantize the block maxima too: 0.37 bits a weight less."
         ),
         "int8-threshold": Argument(
-            6.0, (), "float", 0, 10, ("bnb-int8",), "Activation columns above it are multiplied in 16 bits; 0 is off."
+            6.0,
+            (),
+            "float",
+            0,
+            10,
+            ("bnb-int8",),
+            "Activation columns above it are multiplied in 16 bits; 0 is off, and activations above 65504 then "
+            "overflow float16.",
         ),
     },
     "quanto": {"weights": Argument("qint8", ("qint8", "qint4", "qfloat8-e4m3fn"), effect="Weight type.")},
     "gguf": {"type": Argument("q8_0", ("q8_0", "q4_0"), effect="GGUF tensor type.")},
     "comfy": {"type": Argument("int8", _COMFY, effect="ComfyUI's native format.")},
+}
+# The arguments that choose each format.
+FORMAT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "bnb-int8": {"bits": 8},
+    **{f"bnb-{t}": {"bits": 4, "bits4-quant-type": t} for t in ARGUMENTS["bnb"]["bits4-quant-type"].choices},
+    **{f"quanto-{w}": {"weights": w} for w in ARGUMENTS["quanto"]["weights"].choices},
+    **{f"gguf-{t.replace('_', '-')}": {"type": t} for t in ARGUMENTS["gguf"]["type"].choices},
+    **{f"comfy-{t}": {"type": t} for t in ARGUMENTS["comfy"]["type"].choices},
 }
 SELECTORS = {"bnb": ("bits", "bits4-quant-type"), "quanto": ("weights",), "gguf": ("type",), "comfy": ("type",)}
 COMMON = ("include", "exclude")
@@ -113,7 +128,10 @@ class QuantSpec:
     version: int = SPEC_VERSION
 
     def __post_init__(self) -> None:
-        backend = get_entry(self.format_id).backend
+        entry = get_entry(self.format_id)
+        if not entry.writes:
+            raise SpecError(f"{self.format_id} can be loaded but not made.\nFormats: {', '.join(format_ids())}.")
+        backend = entry.backend
         kept: dict[str, Any] = {}
         for name, given in self.options:
             argument = _argument(backend, name)
@@ -151,7 +169,7 @@ class QuantSpec:
         bare = backend not in ARGUMENTS
         if bare:
             known = [*ARGUMENTS, *format_ids()]
-            if backend not in format_ids(writable=False):
+            if backend not in format_ids(writable=False):  # those that can only be loaded are refused below, by name
                 raise SpecError(
                     f"Unknown backend or format '{backend}' in '{uri}'.{near(backend, known)}\n"
                     f"Backends: {', '.join(ARGUMENTS)}. Formats: {', '.join(format_ids())}."
@@ -198,24 +216,19 @@ def _argument(backend: str, name: str) -> Argument:
 
 def _format_of(backend: str, given: dict[str, Any]) -> str:
     value = {name: given.get(name, ARGUMENTS[backend][name].default) for name in SELECTORS[backend]}
-    if backend == "bnb":
-        if value["bits"] == 8:
-            if "bits4-quant-type" in given:
-                raise SpecError("bnb: argument 'bits4-quant-type' needs bits=4, got bits=8.")
-            return "bnb-int8"
-        return f"bnb-{value['bits4-quant-type']}"
-    if backend == "quanto":
-        return f"quanto-{value['weights']}"
-    return f"{backend}-{value['type'].replace('_', '-')}"
+    if backend == "bnb" and value["bits"] == 8 and "bits4-quant-type" in given:
+        raise SpecError("bnb: argument 'bits4-quant-type' needs bits=4, got bits=8.")
+    for format_id, chosen in FORMAT_ARGUMENTS.items():
+        if get_entry(format_id).backend == backend and chosen.items() <= value.items():
+            return format_id
+    shown = ", ".join(f"{name}={_text(v)}" for name, v in value.items())
+    raise SpecError(f"{backend}: no format has {shown}.")
 
 
 def _selectors_of(format_id: str) -> list[tuple[str, Any]]:
-    backend, _, rest = format_id.partition("-")
-    if backend == "bnb":
-        return [("bits", 8)] if rest == "int8" else [("bits", 4), ("bits4-quant-type", rest)]
-    if backend == "quanto":
-        return [("weights", rest)]
-    return [("type", rest if backend == "comfy" else rest.replace("-", "_"))]
+    if format_id not in FORMAT_ARGUMENTS:
+        raise SpecError(f"{format_id}: no arguments of a URI choose this format.")
+    return list(FORMAT_ARGUMENTS[format_id].items())
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...quantizers.apply import check_finite
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import read_checkpoint
 from ..modules import with_layers
@@ -56,6 +57,7 @@ def apply_lora(model: DiffusionModel, path: Path, strength: float) -> DiffusionM
 
     Raises:
         FileError: a key that fits no layer or is of another kind (DoRA, LoKr, ...), or a pair that does not fit.
+        WeightError: nan or inf in a tensor.
     """
     file = read_checkpoint(path).tensors.items()
     tensors = {n: t for n, t in file if isinstance(t, Tensor) and not n.startswith(_TEXT_ENCODER)}
@@ -72,6 +74,8 @@ def apply_lora(model: DiffusionModel, path: Path, strength: float) -> DiffusionM
         alpha_name = f"{match['layer']}.alpha"
         used |= {name, up_name, alpha_name} if targets else set()
         down, up = tensors[name], tensors[up_name]
+        check_finite(name, down)
+        check_finite(up_name, up)
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
             raise FileError(f"{path.name}: '{name}' and its partner have the shapes {shapes}, which do not multiply.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import LayerMaker, make_layer
+from ...quantizers.apply import LayerMaker, check_finite, make_layer
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
@@ -61,6 +61,7 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Diffus
         dtype: compute dtype; None takes the file's own.
     Raises:
         FileError: not such a file, or one that holds quantized weights.
+        WeightError: nan or inf in a tensor.
     """
     checkpoint = read_checkpoint(path)
     if any(isinstance(v, QuantizedWeight) for v in checkpoint.tensors.values()):
@@ -95,6 +96,7 @@ def load_gguf(
 
     Raises:
         FileError: not a GGUF file, damaged, or of a family that the embedded host does not have.
+        WeightError: nan or inf in a tensor, or in the scales of its blocks.
     """
     start = time.perf_counter()
     checkpoint = read_checkpoint(path)
@@ -144,8 +146,10 @@ def _assemble(
     for row in flux.key_map(config):
         if row.source not in tensors:
             raise FileError(f"{file}: tensor '{row.source}' is missing.")
-        used.add(row.source)
         source = tensors[row.source]
+        if row.source not in used:
+            check_finite(row.source, source)
+        used.add(row.source)
         if isinstance(source, QuantizedWeight) and row.target not in linear:
             # A bias or norm in blocks: nothing to multiply by, so plain is cheapest.
             source = require(source.format_id).dequantize(source, dtype).reshape(source.orig_shape)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...quantizers.apply import check_finite
 from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
 
@@ -111,6 +112,7 @@ def load_text_encoder(paths: list[Path]) -> TextEncoder:
 
     Raises:
         FileError: neither kind, two of the same kind, no tokenizer, or a damaged file.
+        WeightError: nan or inf in a tensor.
     """
     encoders: dict[str, Encoder] = {}
     for path in paths:
@@ -162,6 +164,8 @@ def _load_clip(checkpoint: Checkpoint) -> Encoder:
     if not pad_to.isdecimal():
         raise FileError(f"{checkpoint.path.name}: its metadata 'pad_to' is {pad_to!r}, expected a number of tokens.")
     projection = next((t for n, t in plain.items() if n.endswith("text_projection.weight")), None)
+    if projection is not None:
+        check_finite("text_projection.weight", projection)
     limit = min(CLIP_LENGTH, positions)
     return Encoder(_finish(module, state, checkpoint), tokenizer, min(int(pad_to), limit), limit, end, end, projection)
 
@@ -239,6 +243,7 @@ def _finish(module: nn.Module, state: Mapping[str, Tensor], checkpoint: Checkpoi
             raise FileError(f"{checkpoint.path.name}: tensor '{name}' is missing.")
         if tuple(state[name].shape) != shape:
             raise FileError(f"{checkpoint.path.name}: '{name}' has shape {tuple(state[name].shape)}, expected {shape}.")
+        check_finite(name, state[name])
     module.load_state_dict({n: state[n] for n in wanted}, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(False)

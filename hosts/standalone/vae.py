@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...quantizers.apply import check_finite
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import read_checkpoint
 
@@ -48,6 +49,7 @@ def load_vae(path: Path) -> Vae:
 
     Raises:
         FileError: another kind of VAE, or a damaged file.
+        WeightError: nan or inf in a tensor.
     """
     from diffusers import AutoencoderTiny
 
@@ -62,6 +64,7 @@ def load_vae(path: Path) -> Vae:
     state: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name.startswith(PREFIX):
+            check_finite(name, tensor)
             number, _, rest = name.removeprefix(PREFIX).partition(".")
             index = int(number) - 1 if number.isdecimal() else number
             state[f"layers.{index}.{rest}"] = tensor
@@ -90,4 +93,5 @@ def _number(tensors: Mapping[str, Any], name: str, default: float, path: Path) -
         return default
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise FileError(f"{path.name}: '{name}' is not a single number.")
+    check_finite(name, value)
     return float(value)

@@ -3,13 +3,15 @@
 The rules are those of ComfyUI's server, so that a workflow which passes here passes there: what links may join, how
 literals are converted, what VALIDATE_INPUTS replaces. Stricter in these places, each of which would run there with
 another value than the one written, or fail in mid-run: text for a BOOLEAN (`"false"` would count as true), null or an
-object for a STRING, a negative output index, a link into an input that the node does not have. And one bad branch stops
-the whole workflow: in a batch run, a silently missing output is worse than an error.
+object for a STRING, nan or infinity for a FLOAT (nan is below no minimum), a negative output index, a link into an
+input that the node does not have. And one bad branch stops the whole workflow: in a batch run, a silently
+missing output is worse than an error.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +130,9 @@ def convert(info: InputSpec, value: Any) -> Any:
         return value
     try:
         if isinstance(value, (int, float)) or (isinstance(value, str) and python_type is not bool):
-            return python_type(value)
+            converted = python_type(value)
+            if not isinstance(converted, float) or math.isfinite(converted):
+                return converted
     except (ValueError, OverflowError):
         pass
     raise ValueError(f"expected {info.type_name}, got {value!r}")

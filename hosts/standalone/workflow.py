@@ -156,6 +156,9 @@ def load_workflow(path: str | Path) -> Prompt:
         data = json.loads(text)
     except json.JSONDecodeError as err:
         raise WorkflowError(f"{path}: invalid JSON at line {err.lineno}, column {err.colno}: {err.msg}.") from err
+    except (ValueError, RecursionError) as err:  # a number of thousands of digits, brackets nested as deep
+        reason = "too deeply nested" if isinstance(err, RecursionError) else str(err)
+        raise WorkflowError(f"{path}: the JSON cannot be read: {reason}.") from err
     return parse_workflow(data, str(path))
 
 
@@ -195,7 +198,11 @@ def parse_workflow(data: object, source: str = "the workflow") -> Prompt:
         meta = entry.get("_meta")
         title = meta.get("title") if isinstance(meta, Mapping) else None
         title = title if isinstance(title, str) else ""
-        inputs = copy.deepcopy(dict(entry.get("inputs", {})))
+        try:
+            inputs = copy.deepcopy(dict(entry.get("inputs", {})))
+        except RecursionError:
+            problems.append(f"{node_id!r}: its inputs are too deeply nested")
+            continue
         nodes[str(node_id)] = PromptNode(str(node_id), entry["class_type"], inputs, title)
     if problems:
         more = f" ({len(problems)} such entries)\n" + "\n".join(problems) if len(problems) > 1 else ""
@@ -288,7 +295,7 @@ def _find(prompt: Prompt, name: str) -> list[PromptNode]:
 def _override_value(spec: InputSpec | None, current: object, raw: str, where: str) -> Any:
     try:
         parsed = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = raw
     kind = spec.type_name if spec else ""
     if kind not in ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"):

@@ -1,4 +1,4 @@
-"""What every availability probe shares: is the package there, new enough, and does one small weight survive it."""
+"""What every availability probe shares: is the package there, new enough, and does a small layer compute with it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ import re
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from ..base import Availability
+from ..base import Availability, Quantizer
+from ..weight import QuantizedWeight
+
+# Far above what quantized activations (int8: 0.01) and bfloat16 cost, far below a wrong product.
+TOLERANCE = 0.1
 
 
 def probe_package(
-    package: str, minimum: tuple[int, ...], install: str, try_it: Callable[[], torch.Tensor]
+    quantizer: Quantizer,
+    package: str,
+    minimum: tuple[int, ...],
+    install: str,
+    sample: Callable[[], QuantizedWeight] | None = None,
 ) -> Availability:
-    """Probe a PyPI package.
+    """Probe a PyPI package by quantizing a small weight and computing with it.
 
     Args:
         package: distribution name.
         minimum: lowest version known to work.
         install: what to do when it is missing: "Run `pip install ...`, or choose ...".
-        try_it: quantizes and dequantizes a small weight; its result must be finite.
+        sample: makes a weight, for formats that cannot be made here; default: one is quantized.
     """
     try:
         version = importlib.metadata.version(package)
@@ -32,13 +41,31 @@ def probe_package(
         upgrade = install.replace("pip install", "pip install --upgrade")
         return Availability(False, f"{package} {version} is too old; {wanted} or newer is needed.", upgrade, version)
     try:
-        result = try_it()
+        fault = _fault(quantizer, sample)
     except Exception as err:  # whatever a foreign library raises at import or use, the reason is kept for the user
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        return Availability(False, f"{package} {version} does not run here: {reason}", _others(install), version)
-    if not bool(torch.isfinite(result).all()):
-        return Availability(False, f"{package} {version} gives non-finite values here.", _others(install), version)
+        fault = f"does not run here: {reason}"
+    if fault:
+        return Availability(False, f"{package} {version} {fault}", _others(install), version)
     return Availability(True, version=version)
+
+
+def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -> str | None:
+    """Quantize, dequantize, multiply: what is wrong with the numbers, or None."""
+    from ..spec import QuantSpec
+
+    q = sample() if sample else quantizer.quantize(_values(64, 256), QuantSpec(quantizer.format_id))
+    restored = quantizer.dequantize(q, torch.float32)
+    if not bool(torch.isfinite(restored).all()):
+        return "gives non-finite values here."
+    for dtype in (torch.float32, torch.bfloat16):
+        x = _values(3, q.orig_shape[1]).to(dtype)
+        expected = F.linear(x.float(), restored)
+        error = quantizer.linear(x, q, None).float() - expected
+        # Written so that nan counts as wrong.
+        if not bool(error.square().sum() <= TOLERANCE**2 * expected.square().sum()):
+            return f"computes wrong products here ({dtype} activations)."
+    return None
 
 
 def _others(install: str) -> str:
@@ -46,6 +73,7 @@ def _others(install: str) -> str:
     return install.partition(", or ")[2].capitalize()
 
 
-def sample_weight() -> torch.Tensor:
-    """A fixed (64, 128) float32 weight for probes."""
-    return torch.linspace(-1.0, 1.0, 64 * 128).reshape(64, 128)
+def _values(*shape: int) -> torch.Tensor:
+    """Fixed float32 values without the symmetry in which wrong products would cancel out."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count) * 37 % 101).reshape(shape) / 50 - 0.9

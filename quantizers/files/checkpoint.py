@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,11 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         FileError: the file system refuses.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Nobody else's file, as with tempfile.mkstemp, whose mode 0600 would become that of `path`.
+        open(temporary, "xb").close()
         try:
             write(temporary)
             with open(temporary, "r+b") as file:  # writable, since Windows flushes no other file

@@ -15,7 +15,7 @@ from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.registry import available_formats, get_quantizer
 from quantwire.quantizers.report import measure
 from quantwire.quantizers.spec import QuantSpec
-from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight, TensorMeta
+from quantwire.quantizers.weight import FullPrecisionGuard, QuantizedLinear, QuantizedWeight, TensorMeta
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -260,6 +260,22 @@ def test_four_bit_equals_its_formula_where_blocks_cross_rows(
     assert torch.equal(layer(x), nn.functional.linear(x, expected.to(dtype)))
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("x_dtype", DTYPES.values(), ids=[f"x-{n}" for n in DTYPES])
+@every_dtype
+@every_uri
+def test_product_in_the_dtype_of_the_activations(
+    uri: str, dtype: torch.dtype, x_dtype: torch.dtype, with_bias: bool
+) -> None:
+    q = quantize(uri, values(48, 128, dtype=dtype))
+    bias = values(48, seed=1, dtype=dtype) if with_bias else None
+    x = values(2, 5, 128, seed=2, dtype=x_dtype)
+    got = QuantizedLinear(q, bias)(x)
+    expected = nn.functional.linear(x.float(), dequantize(q), None if bias is None else bias.float())
+    assert (got.shape, got.dtype) == (expected.shape, x_dtype)
+    assert relative(got, expected) < (0.02 if q.format_id == "bnb-int8" else 0.006)  # int8 activations; bfloat16
+
+
 # The library's own layer on our values
 
 # Largest relative difference of the outputs. nf4 and fp4: bfloat16 repacking on AVX512-BF16 machines. qint4: the same
@@ -308,8 +324,9 @@ def test_native_layer_shares_nothing_and_can_be_pickled(uri: str) -> None:
     if q.format_id.startswith("bnb-"):  # the others' tensor classes can be neither copied nor pickled
         with torch.inference_mode():
             assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-        for hook in layer._load_state_dict_pre_hooks.values():
-            pickle.loads(pickle.dumps(hook))
+    hooks = [wrapped.hook for wrapped in layer._load_state_dict_pre_hooks.values()]
+    assert FullPrecisionGuard(q.format_id) in hooks
+    assert pickle.loads(pickle.dumps(FullPrecisionGuard(q.format_id))) == FullPrecisionGuard(q.format_id)
 
 
 def test_native_four_bit_is_refused_where_the_library_is_wrong() -> None:

@@ -140,12 +140,38 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
             except OSError:
                 time.sleep(0.2)
         yield server
+        write_summary(server.rows, ROOT / "out" / "comfyui" / "summary.md")
     finally:
         process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def write_summary(rows: list[dict[str, Any]], path: Path) -> None:
+    """What the matrix measured, as the table of docs/comfyui.md."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if "format" in row:
+            cell = cells.setdefault((row["format"], row["source"]), {})
+            kind = "error" if "error" in row else "cosine"
+            cell[f"{kind} {row['mode']}"] = row[kind]
+    lines = [
+        "| format | by | error | LoRA cosine | error, partial / novram | LoRA cosine, partial / novram |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (format_id, source), c in cells.items():
+        shown = [f"`{format_id}`", source, _number(c, "error default"), _number(c, "cosine default")]
+        shown += [f"{_number(c, f'{k} partial')} / {_number(c, f'{k} novram')}" for k in ("error", "cosine")]
+        lines.append(f"| {' | '.join(shown)} |")
+    lines += [f"\n{name}: {value:.5f}" for row in rows if "format" not in row for name, value in row.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _number(cell: dict[str, float], name: str) -> str:
+    return f"{cell[name]:.4f}" if name in cell else "-"
 
 
 def write_models(tree: Path, models: Path) -> None:

@@ -16,6 +16,7 @@ from quantwire.quantizers.files.checkpoint import (
     read_checkpoint,
     read_gguf,
     read_safetensors,
+    replace_file,
     write_safetensors,
 )
 from quantwire.quantizers.files.safetensors_header import read_safetensors_header
@@ -240,7 +241,7 @@ def test_an_unwritable_target_is_a_file_error(tmp_path: Path) -> None:
 # GGUF
 
 U8, U32, STRING, ARRAY = 0, 4, 8, 9
-F32, Q8_0, Q4_K = 0, 8, 12
+F32, Q8_0, Q8_K = 0, 8, 15
 
 
 def text(value: bytes) -> bytes:
@@ -371,8 +372,8 @@ def test_writing_to_a_mapped_tensor_changes_no_file_and_does_not_crash(tmp_path:
             gguf_bytes(infos=(info(b"a", (8,), F32, 0), info(b"a", (8,), F32, 32))), "'a' appears twice", id="twice"
         ),
         pytest.param(
-            gguf_bytes(infos=(info(b"a", (256,), Q4_K, 0),)),
-            "'a' has GGUF type Q4_K, which cannot be read here",
+            gguf_bytes(infos=(info(b"a", (256,), Q8_K, 0),)),
+            "'a' has GGUF type Q8_K, which cannot be read here",
             id="unreadable-type",
         ),
     ],
@@ -403,3 +404,20 @@ def test_no_damage_to_a_gguf_header_escapes(tmp_path: Path) -> None:
         results.append(reads_or_names_the_fault(path))
     assert None in results
     assert any(results)
+
+
+def test_temporary_files_are_nobody_elses(tmp_path: Path) -> None:
+    path, users_own, plain = tmp_path / "a.bin", tmp_path / "a.bin.tmp", tmp_path / "plain"
+    users_own.write_bytes(b"mine")
+    plain.touch()
+
+    def outer(temporary: Path) -> None:
+        temporary.write_bytes(b"outer")
+        replace_file(path, lambda other: None if other == temporary else other.write_bytes(b"inner"))
+        assert temporary.read_bytes() == b"outer"
+
+    replace_file(path, outer)  # type: ignore[arg-type]
+    assert path.read_bytes() == b"outer"
+    assert users_own.read_bytes() == b"mine"
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.bin.tmp", "plain"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.validate import InvalidWorkflow
-from quantwire.quantizers.errors import FileError
+from quantwire.quantizers.backends.gguf import FLOAT16_SCALES
+from quantwire.quantizers.errors import FileError, SpecError
 from quantwire.quantizers.files.checkpoint import read_safetensors
 from quantwire.quantizers.files.gguf_writer import write_gguf
 from quantwire.quantizers.registry import get_quantizer
@@ -101,6 +102,54 @@ def test_block_types_outside_linear_layers(
         result = executor.run(graph)
         latent, full = (result.results[n][0]["samples"] for n in ("latent", "full"))
         assert float((latent - full).norm() / full.norm()) < 0.1, carrier
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_0", "IQ2_XXS", "IQ1_M", "MXFP4"])
+def test_types_that_are_only_read(
+    executor: Executor, sampled: Any, make_node: Any, demo_models: Path, folder: Path, kind: str
+) -> None:
+    """Random blocks with finite scales: the values mean nothing, the arithmetic does."""
+    tensors: Any = read_safetensors(demo_models / "diffusion_models" / "digits_flux.safetensors").tensors
+    name, ggml = "double_blocks.0.img_mlp.0.weight", gguf.GGMLQuantizationType[kind]
+    size, nbytes = gguf.GGML_QUANT_SIZES[ggml]
+    n, k = tensors[name].shape
+    seeded = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (n * k // size, nbytes), dtype=torch.uint8, generator=seeded)
+    if kind == "IQ1_M":
+        blocks[:, 48:] &= 0x1F  # the nibbles of its float16 scale lie in four scale words
+    elif kind == "MXFP4":
+        blocks[:, 0] = 120  # an exponent
+    else:
+        for at in FLOAT16_SCALES[kind]:
+            blocks[:, at : at + 2] = torch.tensor([0.001], dtype=torch.float16).view(torch.uint8)
+    raw = blocks.reshape(n, -1).numpy()
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, ggml))
+    assert torch.isfinite(expected).all()
+    writer = gguf.GGUFWriter(str(folder / "k.gguf"), "flux")
+    for other, tensor in tensors.items():
+        if other == name:
+            writer.add_tensor(name, raw, raw_dtype=ggml)
+        else:
+            writer.add_tensor(other, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    graph = sampled("g", g=make_node("LoadGGUF", gguf_name="k.gguf"))
+    graph["gguf"] = make_node("Keep", value=["g", 0])
+    result = executor.run(graph)
+    layer: Any = result.results["gguf"][0].transformer.get_submodule("transformer_blocks.0.ff.net.0.proj")
+    assert layer.format_id == f"gguf-{kind.lower().replace('_', '-')}"
+    assert torch.equal(dequantized(layer), expected)
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    assert torch.equal(layer(x), nn.functional.linear(x, expected.bfloat16(), layer.bias))
+    assert torch.isfinite(result.results["image"][0]).all()
+    library = sampled("g", g=make_node("LoadGGUF", gguf_name="k.gguf", carrier="library"))
+    if kind in ("IQ2_XXS", "IQ1_M", "MXFP4"):
+        with pytest.raises(SpecError, match=r"diffusers has no layer for this block type"):
+            executor.run(library)
+    else:
+        assert torch.isfinite(executor.run(library).results["image"][0]).all()
 
 
 def test_damaged_files(

@@ -106,10 +106,10 @@ def test_keep_layers(executor: Executor, sampled: Any, make_node: Any) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path, demo_models: Path) -> str:
-    """The demo model with a nan and two infinities in one weight."""
+    """The demo model with a value in one weight that no float16 scale holds."""
     tensors = load_file(demo_models / "diffusion_models" / "digits_flux.safetensors")
     weight = tensors["double_blocks.1.img_mlp.0.weight"]
-    weight[3, 5], weight[4, 0], weight[4, 1] = torch.nan, torch.inf, -torch.inf
+    weight[3, 5] = 1e8
     folder = tmp_path / "models" / "diffusion_models"
     folder.mkdir(parents=True)
     save_file(tensors, folder / "damaged.safetensors")
@@ -120,7 +120,7 @@ def test_failure_stops_the_graph(executor: Executor, sampled: Any, make_node: An
     quantize = make_node("QuantizeModel", model=["model", 0], format="bnb-int8")
     graph = sampled("q", q=quantize)
     graph["model"]["inputs"]["unet_name"] = damaged
-    with pytest.raises(WeightError, match=r"transformer_blocks\.1\.ff\.net\.0\.proj\.weight'?: 3 of ") as caught:
+    with pytest.raises(WeightError, match=r"ff\.net\.0\.proj\.weight': bnb-int8 gives non-finite") as caught:
         executor.run(graph)
     assert caught.value.node_place.class_type == "QuantizeModel"  # type: ignore[attr-defined]
 

@@ -173,14 +173,22 @@ def test_unforeseen_failure_of_a_node(quantwire: Any, odd_activation: str) -> No
     assert done.err.splitlines()[-1].startswith("NodeFailed: node 4")
 
 
-def test_output_folder_that_cannot_be_written(quantwire: Any, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_are_found_before_the_run(quantwire: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     done = quantwire("full_precision", "--out", str(tmp_path / "file"))
-    done.assert_refused("FileError: node 13 'Save' (SaveImage): Images cannot be written to")
+    done.assert_refused("FileError: --out: cannot write in ")
     done = quantwire("full_precision", "--json", str(tmp_path / "file" / "r.json"))
+    done.assert_refused("FileError: --json: cannot write in ")
+
+
+def test_an_output_folder_that_goes_away_in_mid_run(quantwire: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    done = quantwire("full_precision", "--set", "Save.filename_prefix=sub/a", "--out", str(tmp_path / "out"))
+    assert done.code == 0
+    (tmp_path / "out" / "taken").write_text("in the way", encoding="utf-8")
+    done = quantwire("full_precision", "--set", "Save.filename_prefix=taken/a", "--out", str(tmp_path / "out"))
     assert done.code == 2
-    assert "--json:" in done.first
-    assert done.files == ["full_precision_00001_.png"], "the run itself went well"
+    assert done.first.startswith("FileError: node 13 'Save' (SaveImage): Images cannot be written to")
 
 
 def test_library_that_is_not_installed(outcome: Any, tmp_path: Path, demo_models: Path) -> None:

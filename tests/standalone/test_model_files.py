@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from quantwire.cli import main
+from quantwire.quantizers.files.gguf_header import read_gguf_header
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +61,40 @@ def test_weights_that_are_not_finite(quantwire: Any, models: Path, demo_models: 
     tensors["single_blocks.0.linear1.weight"][900, 5] = value  # rows 768 and on are diffusers' proj_mlp
     save_file(tensors, models / "diffusion_models" / "bad.safetensors")
     done = quantwire("quantized", "--set", "Model.unet_name=bad.safetensors")
-    done.assert_refused("WeightError: node 2", "single_transformer_blocks.0.proj_mlp.weight", "1 of 262144 values")
+    done.assert_refused("WeightError: node 1", "single_blocks.0.linear1.weight", "1 of 458752 values")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    ("folder", "file", "tensor", "override"),
+    [
+        ("diffusion_models", "digits_flux.safetensors", "img_in.weight", "Model.unet_name"),
+        ("diffusion_models", "digits_flux.safetensors", "double_blocks.0.img_attn.qkv.bias", "Model.unet_name"),
+        ("text_encoders", "digits_clip.safetensors", "final_layer_norm.weight", "CLIPLoader.clip_name"),
+        ("vae", "digits_tae.safetensors", "taesd_decoder.1.weight", "VAELoader.vae_name"),
+    ],
+)
+def test_full_precision_files_that_are_not_finite(
+    quantwire: Any, models: Path, demo_models: Path, folder: str, file: str, tensor: str, override: str, value: float
+) -> None:
+    with safe_open(demo_models / folder / file, "pt") as opened:
+        tensors, metadata = {n: opened.get_tensor(n) for n in opened.keys()}, opened.metadata()  # noqa: SIM118
+    name = next(n for n in tensors if n.endswith(tensor))
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, models / folder / "bad.safetensors", metadata)
+    done = quantwire("full_precision", "--set", f"{override}=bad.safetensors")
+    done.assert_refused("WeightError: node", tensor, f"1 of {tensors[name].numel()} values are nan or inf")
+
+
+@pytest.mark.parametrize("tensor", ["img_in.weight", "double_blocks.0.img_attn.qkv.weight"], ids=["plain", "blocks"])
+def test_gguf_that_is_not_finite(quantwire: Any, models: Path, gguf_file: Path, tensor: str) -> None:
+    types = {int(t): (t.name, *s) for t, s in gguf.GGML_QUANT_SIZES.items()}
+    (found,) = [t for t in read_gguf_header(gguf_file, types).tensors if t.name == tensor]
+    content = bytearray(gguf_file.read_bytes())
+    content[found.start : found.start + 2] = b"\xff\x7f"  # nan as bfloat16 and as the float16 scale of a block
+    (models / "diffusion_models" / "bad.gguf").write_bytes(content)
+    done = quantwire("gguf", "--set", "LoadGGUF.gguf_name=bad.gguf")
+    done.assert_refused("WeightError: node 2 'GGUF model' (LoadGGUF)", f"'{tensor}'", "values are nan or inf")
 
 
 @pytest.fixture

@@ -368,3 +368,12 @@ def test_order_puts_dependencies_first_and_leaves_the_rest_out() -> None:
     assert order(parse_workflow(graph), CLASSES) == ["1", "2", "3", "out0"]
     with pytest.raises(WorkflowError):
         order(parse_workflow(out("none")), CLASSES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), "nan"], ids=str)
+def test_floats_that_are_not_finite(value: Any) -> None:
+    classes = {"Out": node({"x": ("FLOAT", {"min": 0.0, "max": 100.0})}, OUTPUT_NODE=True)}
+    prompt = parse_workflow({"1": {"class_type": "Out", "inputs": {"x": value}}})
+    (problem,) = validate(prompt, classes)
+    assert (problem.kind, problem.input) == ("invalid_input_type", "x")
+    assert problem.message == f"expected FLOAT, got {value!r}"

@@ -230,3 +230,19 @@ def test_override_errors(prompt: Prompt, override: str, texts: list[str]) -> Non
     for text in texts:
         assert text in str(caught.value)
     assert repr(override) in str(caught.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_deep_nesting_is_refused(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "deep.json"
+    value = "[" * depth + "]" * depth
+    path.write_text(f'{{"1": {{"class_type": "A", "inputs": {{"x": {value}}}}}}}')
+    with pytest.raises(WorkflowError, match=r"deep\.json.* too deeply nested"):
+        load_workflow(path)
+
+
+def test_a_number_of_too_many_digits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(f'{{"1": {"9" * 5000}}}')
+    with pytest.raises(WorkflowError, match=r"long\.json: the JSON cannot be read"):
+        load_workflow(path)

@@ -58,10 +58,17 @@ def test_every_package_folder_is_packaged() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
-def test_ci_runs_lint_types_and_exactly_the_test_command_of_the_readme() -> None:
+def test_ci_runs_lint_types_the_test_command_of_the_readme_and_the_slow_tests() -> None:
     commands = [line for line in lines(".ci/run") if line.startswith("make ")]
     assert commands == ["make lint", "make types", "make test", "make test-slow"]
     assert "`make test`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_placeholder_is_left_in_what_users_read() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, text=True, capture_output=True, check=True)
+    for name in listed.stdout.splitlines():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.findall(r"@[A-Z]+@|^[A-Z]+_?[A-Z]+$|TODO|FIXME", text, re.M), name
 
 
 def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> None:

@@ -111,6 +111,13 @@ def test_sensitive_layers(layer: str, reason: str | None) -> None:
     assert sensitive_reason(layer) == reason
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "transformer."])
+def test_final_layers_behind_the_prefix_of_a_whole_model(prefix: str) -> None:
+    for layer in ("final_layer.linear", "proj_out", "head.head", "lm_head"):
+        assert sensitive_reason(prefix + layer) == FINAL
+    assert sensitive_reason(f"{prefix}single_transformer_blocks.0.proj_out") is None
+
+
 @pytest.mark.parametrize(
     ("pattern", "layer", "hit"),
     [

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from quantwire.quantizers.backends.gguf import Gguf
 from quantwire.quantizers.errors import SpecError
 from quantwire.quantizers.registry import FormatEntry, format_ids, get_entry, get_quantizer, register, require
+from quantwire.quantizers.spec import QuantSpec
+from quantwire.quantizers.weight import QuantizedWeight
+from torch import Tensor
 
 FORMATS = [
     "bnb-int8",
@@ -28,6 +32,13 @@ FORMATS = [
     "comfy-int8-convrot",
     "comfy-w4a4-convrot",
     "comfy-w4a8",
+]
+READ_ONLY = [
+    f"gguf-{name}"
+    for name in (
+        *("q4-1", "q5-0", "q5-1", "q2-k", "q3-k", "q4-k", "q5-k", "q6-k", "iq1-s", "iq1-m", "iq2-xxs", "iq2-xs"),
+        *("iq2-s", "iq3-xxs", "iq3-s", "iq4-nl", "iq4-xs", "tq1-0", "tq2-0", "mxfp4", "nvfp4"),
+    )
 ]
 
 # Prints format id -> message of BackendUnavailable for one format of each library.
@@ -72,7 +83,47 @@ def distribution(folder: Path, name: str, version: str) -> None:
 
 def test_format_ids_are_permanent() -> None:
     assert format_ids() == FORMATS  # shared workflows and files hold these ids; add, never rename
-    assert [f for f in format_ids(writable=False) if f not in FORMATS] == []
+    assert [f for f in format_ids(writable=False) if f not in FORMATS] == READ_ONLY
+
+
+def test_read_only_formats_are_every_other_type_that_gguf_dequantizes() -> None:
+    import gguf
+
+    known = {f"gguf-{t.name.lower().replace('_', '-')}" for t in gguf.quants._type_traits} - {"gguf-bf16"}
+    assert known == {f for f in format_ids(writable=False) if f.startswith("gguf-")}
+
+
+@pytest.mark.parametrize("format_id", READ_ONLY)
+def test_read_only_formats_run_and_cannot_be_asked_for(format_id: str) -> None:
+    assert require(format_id).format_id == format_id
+    for make in (QuantSpec, QuantSpec.from_uri):
+        with pytest.raises(SpecError, match=f"^{format_id} can be loaded but not made"):
+            make(format_id)
+
+
+class BrokenProduct(Gguf):
+    """Quantizes and dequantizes as it should; stands in for bitsandbytes 0.46 to 0.49 on 4-bit weights."""
+
+    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+class WrongProduct(Gguf):
+    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return super().linear(x, q, bias).flip(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (BrokenProduct, "does not run here: mat1 and mat2 shapes cannot be multiplied"),
+        (WrongProduct, "computes wrong products here (torch.float32 activations)."),
+    ],
+)
+def test_a_library_whose_product_fails_is_unavailable(kind: type[Gguf], reason: str) -> None:
+    state = kind("gguf-q8-0").probe()
+    assert (state.works, state.remedy) == (False, "Choose a bnb or quanto format.")
+    assert state.reason == f"gguf {state.version} {reason}"
 
 
 @pytest.mark.parametrize("format_id", FORMATS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from quantwire.quantizers import spec
 from quantwire.quantizers.errors import SpecError
 from quantwire.quantizers.registry import format_ids
 from quantwire.quantizers.spec import QuantSpec
@@ -190,3 +191,13 @@ def test_specs_made_in_code_are_checked_too(kwargs: dict[str, Any], message: str
     with pytest.raises(SpecError) as failure:
         QuantSpec("bnb-nf4", **kwargs)
     assert message in str(failure.value)
+
+
+def test_a_backend_without_a_row_is_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(spec.ARGUMENTS, "other", {"type": spec.Argument("q8_0", ("q8_0",))})
+    monkeypatch.setitem(spec.SELECTORS, "other", ("type",))
+    with pytest.raises(SpecError, match=r"^other: no format has type=q8_0\.$"):
+        QuantSpec.from_uri("other;type=q8_0")
+    monkeypatch.delitem(spec.FORMAT_ARGUMENTS, "comfy-int8")
+    with pytest.raises(SpecError, match=r"^comfy-int8: no arguments of a URI choose this format\.$"):
+        QuantSpec("comfy-int8").to_uri()

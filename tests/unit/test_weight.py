@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from quantwire.quantizers.apply import OnFailure, quantize_linears
+from quantwire.quantizers.apply import OnFailure, check_finite, quantize_linears
 from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.registry import available_formats, get_quantizer
@@ -224,12 +224,72 @@ def test_a_damaged_weight_is_named(bad: float) -> None:
     model.b.weight.data[1, 2] = bad
     with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 1024 values are nan or inf\."):
         quantize_linears(model, QuantSpec("bnb-int8"))
-    layers, report = quantize_linears(model, QuantSpec("bnb-int8"), on_failure=OnFailure.FULL_PRECISION)
-    assert list(layers) == ["a"]
-    assert report.warnings == [
-        "b.weight stays at full precision: 'b.weight': 1 of 1024 values are nan or inf.",
-    ]
-    assert {e.name: e.action for e in report.entries}["b.weight"] == "full precision"
+    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 1024"):  # full precision would run on the nan
+        quantize_linears(model, QuantSpec("bnb-int8"), on_failure=OnFailure.FULL_PRECISION)
+
+
+@pytest.mark.parametrize("on_failure", OnFailure, ids=lambda o: o.value)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", ["img_in.weight", "a.bias"])
+def test_a_damaged_parameter_that_is_kept_is_refused_before_any_work(
+    name: str, bad: float, on_failure: OnFailure
+) -> None:
+    model, bar = Net(), Counting()
+    model.get_parameter(name).data.view(-1)[3] = bad
+    with pytest.raises(WeightError, match=rf"^'{name}': 1 of \d+ values are nan or inf\."):
+        quantize_linears(model, QuantSpec("bnb-int8"), on_failure=on_failure, progress=bar)
+    assert bar.seen == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_check_finite(dtype: torch.dtype) -> None:
+    check_finite("w", torch.full((1, 1), torch.finfo(dtype).max, dtype=torch.float64).to(dtype))
+    check_finite("w", torch.tensor([6e4, -6e4, 6e4, 6e4]).clamp(-400, 400).to(dtype))
+    check_finite("w", torch.full((64, 64), torch.finfo(torch.bfloat16).max))  # whose float32 sum overflows
+    check_finite("w", torch.empty(0, 4, dtype=dtype))
+    check_finite("w", torch.ones(3, dtype=torch.int64))
+    w = values(8, 8)
+    w[0, 0], w[1, 1] = torch.nan, torch.nan
+    with pytest.raises(WeightError, match=r"^'w': 2 of 64 values"):
+        check_finite("w", w.to(dtype))
+    with pytest.raises(WeightError, match=r"^'w': 2 of 3 values"):
+        check_finite("w", torch.tensor([torch.inf, -torch.inf, 0]))
+
+
+@pytest.mark.parametrize("format_id", ["gguf-q8-0", "gguf-q4-0"])
+def test_check_finite_of_blocks(format_id: str) -> None:
+    q = quantized(format_id)
+    check_finite("w", q)
+    q.tensors["qdata"][3, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # float16 inf as the scale of one block
+    with pytest.raises(WeightError, match=r"^'w': 32 of 4096 values are nan or inf\."):
+        check_finite("w", q)
+
+
+class Tied(nn.Module):
+    """b has the weight of a and its bias, c the weight and a bias of its own; e has that of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(K, N), nn.Linear(K, N), nn.Linear(K, N)
+        self.b.weight = self.c.weight = self.a.weight
+        self.b.bias = self.a.bias
+        self.e, self.embedding = nn.Linear(K, N, bias=False), nn.Embedding(N, K)
+        self.embedding.weight = self.e.weight
+
+
+@FORMATS
+def test_layers_that_share_a_weight_are_all_replaced(format_id: str) -> None:
+    model = Tied()
+    layers, report = quantize_linears(model, QuantSpec(format_id))
+    assert list(layers) == ["a", "b", "c"]
+    assert layers["a"] is layers["b"]
+    assert layers["a"] is not layers["c"]
+    assert layers["a"].qdata.data_ptr() == layers["c"].qdata.data_ptr()
+    assert isinstance(layers["c"].bias, nn.Parameter)
+    assert torch.equal(layers["c"].bias, model.c.bias)
+    entries = {e.name: e for e in report.entries}
+    assert (entries["a.weight"].action, entries["a.weight"].reason) == ("quantize", "linear weight, shared with b, c")
+    assert (entries["e.weight"].action, entries["e.weight"].reason) == ("keep", "not a linear weight")
 
 
 def test_a_layer_without_a_native_form_is_named() -> None:

@@ -1,4 +1,4 @@
-"""bitsandbytes >= 0.46 (MIT): LLM.int8, NF4 and FP4.
+"""bitsandbytes >= 0.47 (MIT): LLM.int8, NF4 and FP4 (on a CPU FP4 needs 0.47, which the probe finds out).
 
 Int8: row i of the weight is `qdata[i] * absmax[i] / 127`. Activations are quantized row by row too, except the columns
 in which any value exceeds the threshold (default 6.0), which are multiplied in 16 bits (LLM.int8, arXiv:2208.07339).

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...base import Availability, Quantizer
 from ...errors import SpecError
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package, sample_weight
+from ..probing import probe_package
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
@@ -28,12 +28,7 @@ class BnbFourBit(Quantizer):
         self.format_id = f"bnb-{quant_type}"
 
     def probe(self) -> Availability:
-        def try_it() -> Tensor:
-            from ...spec import QuantSpec
-
-            return self.dequantize(self.quantize(sample_weight(), QuantSpec(self.format_id)), torch.float32)
-
-        return probe_package("bitsandbytes", (0, 46), INSTALL, try_it)
+        return probe_package(self, "bitsandbytes", (0, 46), INSTALL)
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -93,7 +88,9 @@ class BnbFourBit(Quantizer):
         if q.orig_shape[1] % BLOCK_SIZE:  # see dequantize
             return F.linear(x.to(compute), self.dequantize(q, compute), bias).to(x.dtype)
         state = self._state(q, compute, q.orig_shape)
-        return _library().matmul_4bit(x.to(compute), q.tensors["qdata"], bias=bias, quant_state=state).to(x.dtype)
+        # Transposed, as versions before 0.50 require and later ones accept.
+        packed = q.tensors["qdata"].t()
+        return _library().matmul_4bit(x.to(compute), packed, bias=bias, quant_state=state).to(x.dtype)
 
     def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
         """`Linear4bit` on the same packed bytes.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...base import Availability, Quantizer
 from ...weight import QuantizedWeight, TensorMeta
-from ..probing import probe_package, sample_weight
+from ..probing import probe_package
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
@@ -82,13 +82,7 @@ class Comfy(Quantizer):
         return getattr(importlib.import_module("comfy_kitchen.tensor"), self.native.layout)
 
     def probe(self) -> Availability:
-        def try_it() -> Tensor:
-            from ...spec import QuantSpec
-
-            weight = sample_weight().repeat(1, 2)  # 256 columns, one rotation
-            return self.dequantize(self.quantize(weight, QuantSpec(self.format_id)), torch.float32)
-
-        return probe_package("comfy-kitchen", (0, 2, 31), INSTALL, try_it)
+        return probe_package(self, "comfy-kitchen", (0, 2, 31), INSTALL)
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:

@@ -1,4 +1,4 @@
-"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0.
+"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0, and to read only, every other that gguf can dequantize.
 
 A row of K values is K/32 blocks, each a scale and the packed values; `qdata` is the file's own bytes, (N, bytes a row)
 uint8, so rows can be cut and reordered without touching a value.
@@ -7,7 +7,8 @@ Q8_0 block: float16 d, 32 int8; value = d * q. Q4_0 block: float16 d, 16 bytes; 
 and value j + 16 in its high one; value = d * (nibble - 8). Layouts: ggml-org/ggml ggml-common.h.
 
 Quantizing is gguf's own numpy code. Dequantizing is done here with torch operations, bit-equal to gguf's in float32.
-gguf's numpy was not chosen for it: it is right but slow, and works in host memory only.
+gguf's numpy was not chosen for it: it is right but slow, and works in host memory only. The types that are only read
+do use it, at every product.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ...base import Availability, Quantizer
 from ...weight import QuantizedWeight, TensorMeta
-from ..probing import probe_package, sample_weight
+from ..probing import probe_package
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
@@ -29,8 +30,21 @@ BLOCK_SIZE = 32
 BLOCK_NBYTES = {"Q8_0": 34, "Q4_0": 18}
 
 
+# Type -> where the float16 scales of a block lie (ggml-common.h). Types not listed have scales of another kind.
+FLOAT16_SCALES = {
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)},
+}
+
+
 def make(format_id: str) -> Gguf:
     return Gguf(format_id)
+
+
+def make_reader(format_id: str) -> GgufReader:
+    return GgufReader(format_id)
 
 
 class Gguf(Quantizer):
@@ -39,12 +53,7 @@ class Gguf(Quantizer):
         self.type_name = format_id.removeprefix("gguf-").upper().replace("-", "_")  # Q8_0
 
     def probe(self) -> Availability:
-        def try_it() -> Tensor:
-            from ...spec import QuantSpec
-
-            return self.dequantize(self.quantize(sample_weight(), QuantSpec(self.format_id)), torch.float32)
-
-        return probe_package("gguf", (0, 17), INSTALL, try_it)
+        return probe_package(self, "gguf", (0, 17), INSTALL)
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -72,6 +81,54 @@ class Gguf(Quantizer):
         qdata = q.tensors["qdata"]
         values = _dequantize_q8_0(qdata) if self.type_name == "Q8_0" else _dequantize_q4_0(qdata)
         return values.reshape(q.orig_shape).to(dtype)
+
+    def non_finite(self, q: QuantizedWeight) -> int:
+        """From the scales where they tell it: a twentieth of the work of dequantizing."""
+        offsets = FLOAT16_SCALES.get(self.type_name)
+        qdata = q.tensors["qdata"]
+        if offsets is None or not qdata.numel():
+            return super().non_finite(q)
+        size, nbytes = _block(self.type_name)
+        blocks = qdata.reshape(-1, nbytes)
+        bad = torch.zeros(len(blocks), dtype=torch.bool, device=qdata.device)
+        for at in offsets:
+            bad |= ~torch.isfinite(blocks[:, at : at + 2].contiguous().view(torch.float16)[:, 0])
+        return size * int(bad.sum())
+
+
+class GgufReader(Gguf):
+    """A type that is loaded but not made here: quantizing to it well needs llama.cpp's own tools."""
+
+    def probe(self) -> Availability:
+        # Zero bytes are a valid block of every type; the sample is made only if the package is there.
+        return probe_package(self, "gguf", (0, 17), INSTALL, self._zeros)
+
+    def _zeros(self) -> QuantizedWeight:
+        size, nbytes = _block(self.type_name)
+        return QuantizedWeight(
+            self.format_id, {"qdata": torch.zeros(2, nbytes, dtype=torch.uint8)}, (2, size), torch.bfloat16
+        )
+
+    def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
+        return "this type can be loaded but not made"
+
+    def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        import gguf
+        import numpy as np
+
+        qdata = q.tensors["qdata"]
+        with np.errstate(all="ignore"):  # non-finite scales, which the caller finds
+            values: Any = gguf.quants.dequantize(
+                qdata.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[self.type_name]
+            )
+        return cast(Any, torch).from_numpy(values).reshape(q.orig_shape).to(qdata.device, dtype)
+
+
+def _block(type_name: str) -> tuple[int, int]:
+    """(values, bytes) of a block."""
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
 
 
 def _dequantize_q8_0(qdata: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...base import Availability, Quantizer
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package, sample_weight
+from ..probing import probe_package
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
@@ -45,12 +45,7 @@ class Quanto(Quantizer):
         return self.qtype_name == "qint4"
 
     def probe(self) -> Availability:
-        def try_it() -> Tensor:
-            from ...spec import QuantSpec
-
-            return self.dequantize(self.quantize(sample_weight(), QuantSpec(self.format_id)), torch.float32)
-
-        return probe_package("optimum-quanto", (0, 2, 7), INSTALL, try_it)
+        return probe_package(self, "optimum-quanto", (0, 2, 7), INSTALL)
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -97,7 +92,9 @@ class Quanto(Quantizer):
         return (t["scale"] * values - t["shift"]).reshape(q.orig_shape).to(dtype)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        if self._packed:
+        # The library's product wants activations in the dtype of the scales; casting scales to the dtype of x instead
+        # would lose up to 0.4 % of each row in bfloat16, or the row where float16 underflows.
+        if self._packed or x.dtype != q.tensors["scale"].dtype:
             return super().linear(x, q, bias)
         _library()  # registers quanto::qbytes_mm
         out = torch.ops.quanto.qbytes_mm(x.reshape(-1, x.shape[-1]), q.tensors["qdata"], q.tensors["scale"])

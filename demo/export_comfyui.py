@@ -58,7 +58,9 @@ def clip_l(vocabulary: dict[str, int]) -> dict[str, Tensor]:
     }
     for i in range(LAYERS):
         out.update(_layer(t, f"encoder.layers.{i}"))
-    return {f"text_model.{name}": value.contiguous() for name, value in out.items()}
+    # Without it ComfyUI multiplies the pooled vector by whatever the memory held.
+    projection = {"text_projection.weight": torch.eye(WIDE, dtype=torch.bfloat16)}
+    return {f"text_model.{name}": value.contiguous() for name, value in out.items()} | projection
 
 
 def _layer(t: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -208,3 +208,43 @@ def test_twenty_runs_do_not_grow_memory(comfyui: Any) -> None:
     growth = (comfyui.rss_mib() - start) / start / 20
     comfyui.rows.append({"memory growth a run": growth, "start MiB": start})
     assert growth < 0.01
+
+
+@pytest.mark.parametrize("format_id", ["bnb-nf4", "quanto-qint8", "comfy-int8", "gguf-q8-0"])
+def test_controlnets(comfyui: Any, format_id: str) -> None:
+    graph = sampled(("model", 0), {"model": unet()})
+    without = comfyui.latent(graph)
+    graph["net"] = node("ProbeControlNet")
+    graph["q"] = node("QuantizeControlNet", control_net=["net", 0], format=format_id)
+    graph["image"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x804020)
+    control = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    both = {"positive": ["prompt", 0], "negative": ["prompt", 0], "image": ["image", 0], **control}
+    graph["apply"] = node("ControlNetApplyAdvanced", control_net=["net", 0], **both)
+    graph["sampler"]["inputs"] |= {"positive": ["apply", 0], "negative": ["apply", 1]}
+    full = comfyui.latent(graph) - without
+    assert float(full.norm() / without.norm()) > 0.02  # the net does something
+    graph["apply"]["inputs"]["control_net"] = ["q", 0]
+    quantized = comfyui.latent(graph) - without
+    assert 0 < float((quantized - full).norm() / full.norm()) < 0.2
+    graph["apply"]["inputs"]["control_net"] = ["net", 0]
+    graph["sampler"]["inputs"]["seed"] = 7
+    assert torch.equal(comfyui.latent(graph) - without, full)
+
+
+@pytest.mark.parametrize(
+    ("state", "device", "mode"),
+    [
+        ("as it is", "cpu", "none"),
+        ("NO_VRAM", "cuda", "novram"),
+        ("NORMAL_VRAM", "cuda", "partial"),
+        ("HIGH_VRAM", "cuda", "none"),
+        ("NORMAL_VRAM", "cpu", "none"),
+    ],
+)
+def test_memory_state_follows_the_host(comfyui: Any, state: str, device: str, mode: str) -> None:
+    """The host's own variables are set for the moment of asking: this machine may have no GPU."""
+    graph = {"model": unet(), "tell": node("ProbeMemory", model=["model", 0], state=state, device=device)}
+    found = json.loads(comfyui.run(graph)["tell"]["text"][0])
+    assert found["mode"] == mode
+    assert found["smart_memory"] is True
+    assert found["device"] == device

@@ -82,4 +82,85 @@ class ProbeRemake:
         return (made[index[0]] if index else made,)
 
 
-NODE_CLASS_MAPPINGS = {"ProbeLoad": ProbeLoad, "ProbeModel": ProbeModel, "ProbeRemake": ProbeRemake}
+class ProbeControlNet:
+    """A small FLUX ControlNet with random weights, made of the host's own classes; no file holds one this small."""
+
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        import comfy.controlnet
+        import comfy.model_management
+        import comfy.ops
+        import torch
+        from comfy.ldm.flux.controlnet import ControlNetFlux
+
+        net = ControlNetFlux(
+            operations=comfy.ops.manual_cast,
+            device="cpu",
+            dtype=torch.float32,
+            in_channels=16,
+            out_channels=16,
+            patch_size=2,
+            vec_in_dim=768,
+            context_in_dim=768,
+            hidden_size=256,
+            mlp_ratio=4.0,
+            num_heads=2,
+            depth=2,
+            depth_single_blocks=0,
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            qkv_bias=True,
+            guidance_embed=True,
+            txt_ids_dims=[],
+        )
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                scale = 0.3 if name.startswith("controlnet_blocks") else 0.05
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        device = comfy.model_management.get_torch_device()
+        return (comfy.controlnet.ControlNet(net, load_device=device, extra_conds=["y", "guidance"]),)
+
+
+class ProbeMemory:
+    """What the pack reads as the host's memory state, as JSON."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "tell"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        states = ["as it is", "NO_VRAM", "NORMAL_VRAM", "HIGH_VRAM"]
+        return {"required": {"model": ("MODEL",), "state": (states,), "device": (["cpu", "cuda"],)}}
+
+    def tell(self, model, state, device):
+        import dataclasses
+        import importlib
+        import sys
+
+        import comfy.model_management as mm
+        import torch
+
+        pack = next(name for name in sys.modules if name.endswith("custom_nodes/quantwire"))
+        memory = importlib.import_module(f"{pack}.hosts.comfyui.memory")
+        before = mm.vram_state, mm.get_torch_device
+        try:
+            if state != "as it is":
+                mm.vram_state = mm.VRAMState[state]
+            mm.get_torch_device = lambda: torch.device(device)
+            found = dataclasses.asdict(memory.memory_state(model))
+        finally:
+            mm.vram_state, mm.get_torch_device = before
+        return {"ui": {"text": [json.dumps(found)]}}
+
+
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ProbeLoad, ProbeModel, ProbeRemake, ProbeControlNet, ProbeMemory)}

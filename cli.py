@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, error = OK, None
     except Exception as err:  # the boundary: every failure becomes a message and an exit code
-        code, error = _exit_code(err), err
-        _print_error(err, args.debug)
+        if _caused_by_interrupt(err):
+            code, error = INTERRUPTED, None
+            print("Interrupted.", file=sys.stderr)
+        else:
+            code, error = _exit_code(err), err
+            _print_error(err, args.debug)
     if getattr(args, "json", None) is not None:
         try:
             _write_json(args.json, {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report})
@@ -196,6 +200,16 @@ def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:
         verdict = f"works here ({state.version})" if state.works else f"does not run: {state.reason} {state.remedy}"
         print(f"{format_id:22} {entry.bits:>4g} bit  {verdict}\n{'':32}{entry.summary}")
     return OK
+
+
+def _caused_by_interrupt(err: BaseException) -> bool:
+    """Whether a Ctrl-C is somewhere behind an error: lazy imports of the libraries turn it into an ImportError."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _exit_code(err: BaseException) -> int:

@@ -49,7 +49,9 @@ class StandaloneHost:
             if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
         files = self.list_files(folder)
-        searched = ", ".join(str(root) for root in self._roots(folder)) or f"no '{folder}' folder in {self._shown()}"
+        searched = ", ".join(str(root) for root in self._roots(folder))
+        if not searched:
+            raise FileError(f"'{name}' cannot be found: there is no folder '{folder}' in {self._shown()}.")
         there = ", ".join(files[:20]) or "nothing"
         raise FileError(f"'{name}' is not in {searched}.{near(name, files)}\nFiles there: {there}.")
 

@@ -174,6 +174,10 @@ class _Checker:
         self.bound: dict[str, BoundNode] = {}
         self.problems: list[Problem] = []
         self.faulty: dict[str, set[str]] = {}
+        # Object types such as MODEL: values of these come out of nodes only, never out of a workflow file.
+        known = {node.class_type: node_classes.get(node.class_type) for node in prompt.nodes.values()}
+        made = {kind for c in known.values() for kind in getattr(c, "RETURN_TYPES", ()) if isinstance(kind, str)}
+        self.object_types = made - {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"}
 
     def add(self, node: PromptNode, name: str | None, kind: str, message: str) -> None:
         self.faulty.setdefault(node.id, set()).add(name or "")
@@ -253,6 +257,10 @@ class _Checker:
             self.add(node, None, "missing_node_type", text)
 
     def bind_literal(self, bound: BoundNode, name: str, value: Any, info: InputSpec, check_range: bool) -> None:
+        if isinstance(info.type, str) and info.type in self.object_types:
+            text = f"expected a link to a {info.type} output, got {value!r}"
+            self.add(bound.node, name, "invalid_input_type", text)
+            return
         try:
             value = bound.literals[name] = convert(info, value)
         except ValueError as err:

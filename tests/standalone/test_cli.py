@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from quantwire.cli import main
+from quantwire.cli import _caused_by_interrupt, main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -278,3 +278,13 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["quantise"])
     assert caught.value.code == 2
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_a_library_swallowed_is_still_an_interrupt() -> None:
+    with pytest.raises(ImportError) as failure:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("a lazy import failed") from interrupt
+    assert _caused_by_interrupt(failure.value)
+    assert not _caused_by_interrupt(ImportError("of its own"))

@@ -89,7 +89,7 @@ def test_message_names_folders_files_and_near_names(models: Path) -> None:
     assert str(models / "unet") in first
     assert "Did you mean old.safetensors" in first
     assert second == "Files there: b.safetensors, notes.txt, old.safetensors, sub/deep/a.GGUF."
-    with pytest.raises(FileError, match=r"no 'loras' folder in .*models"):
+    with pytest.raises(FileError, match=r"there is no folder 'loras' in .*models"):
         StandaloneHost([models]).resolve("loras", "x")
 
 
@@ -109,3 +109,8 @@ def test_current_host(models: Path) -> None:
             assert current() is not mine
         assert current() is mine
     assert current() is not mine
+
+
+def test_a_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"^'a.safetensors' cannot be found: there is no folder 'vae' in "):
+        StandaloneHost([tmp_path]).resolve("vae", "a.safetensors")

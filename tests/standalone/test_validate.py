@@ -377,3 +377,27 @@ def test_floats_that_are_not_finite(value: Any) -> None:
     (problem,) = validate(prompt, classes)
     assert (problem.kind, problem.input) == ("invalid_input_type", "x")
     assert problem.message == f"expected FLOAT, got {value!r}"
+
+
+def test_a_literal_where_only_a_link_can_be() -> None:
+    class Make:
+        RETURN_TYPES = ("MODEL",)
+        FUNCTION = "run"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {}}
+
+        def run(self) -> tuple[str]:
+            return ("model",)
+
+    class Use(Make):
+        OUTPUT_NODE = True
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"model": ("MODEL", {})}}
+
+    graph = {"1": {"class_type": "Make", "inputs": {}}, "2": {"class_type": "Use", "inputs": {"model": "foo"}}}
+    (problem,) = check(parse_workflow(graph), {"Make": Make, "Use": Use}).problems
+    assert str(problem) == "node 2 (Use).model: expected a link to a MODEL output, got 'foo'"

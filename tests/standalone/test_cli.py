@@ -280,11 +280,16 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice" in capsys.readouterr().err
 
 
+def lazy_import() -> None:
+    """What diffusers' lazy modules do with a Ctrl-C that arrives while they import."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as interrupt:
+        raise ImportError("a lazy import failed") from interrupt
+
+
 def test_an_interrupt_that_a_library_swallowed_is_still_an_interrupt() -> None:
     with pytest.raises(ImportError) as failure:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as interrupt:
-            raise ImportError("a lazy import failed") from interrupt
+        lazy_import()
     assert _caused_by_interrupt(failure.value)
     assert not _caused_by_interrupt(ImportError("of its own"))

@@ -84,7 +84,8 @@ def test_saved_native_models_load_with_the_stock_loader(comfyui: Any, format_id:
     (written,) = (comfyui.base / "output").glob(f"{name}_*.safetensors")
     target = comfyui.base / "models" / "diffusion_models" / f"{name}.safetensors"
     written.replace(target)
-    assert target.stat().st_size < 0.85 * (target.parent / "digits_flux.safetensors").stat().st_size * 2
+    whole = 2 * (target.parent / "digits_flux.safetensors").stat().st_size  # a CPU host holds bfloat16 as float32
+    assert target.stat().st_size < 0.6 * whole
     loaded = comfyui.latent(sampled(("model", 0), {"model": unet(target.name)}))
     assert float((loaded - made).norm() / made.norm()) < 1e-5
 

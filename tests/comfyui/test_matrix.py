@@ -50,7 +50,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @functools.cache
 def latent(comfyui: Any, source: str, format_id: str, lora: bool, mode: str) -> torch.Tensor:
     model, nodes = chain(source, format_id, lora, mode)
-    return comfyui.latent(sampled(model, nodes))
+    before = partial_loads(comfyui)
+    found = comfyui.latent(sampled(model, nodes))
+    assert (partial_loads(comfyui) > before) == (mode != "default")  # or the offloaded path was not taken at all
+    return found
+
+
+def partial_loads(comfyui: Any) -> int:
+    """How often the host has said that it left layers of a model offloaded."""
+    return comfyui.log.read_text(errors="replace").count("loaded partially")
 
 
 @pytest.fixture

@@ -252,6 +252,7 @@ def test_every_row_is_complete(row: Row) -> None:
     assert not row.cause.endswith(".")
     if row.verdict is VerdictLevel.BLOCK:
         assert len(row.remedies) >= 2
-        assert row.raw_error
+        # A probed row quotes the error that its probe saw; an error that nobody here saw is not made up.
+        assert bool(row.raw_error) == (row.evidence == "probed")
     else:
         assert not row.raw_error

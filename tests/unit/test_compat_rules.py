@@ -240,9 +240,11 @@ def test_message_first_line_stands_alone_and_two_ways_out_follow(row: Row) -> No
     assert lines[0] == (
         f"transformer: {format_id} (library layers, 20 of them) cannot run with {row.mode.value} offload: {row.cause}."
     )
-    assert lines[1] == f"Without this check the library stops at 'blocks.0.attn.to_q' with `{row.raw_error}`."
-    assert lines[2] == "Ways out:"
-    assert lines[3:] == [f"- {remedy}" for remedy in row.remedies[:2]]
+    # The library's own error is quoted where it was seen; every probed row has one.
+    quoted = [f"Without this check the library stops at 'blocks.0.attn.to_q' with `{row.raw_error}`."]
+    assert row.raw_error or row.evidence == "documented"
+    assert lines[1:-2] == [*(quoted if row.raw_error else []), "Ways out:"]
+    assert lines[-2:] == [f"- {remedy}" for remedy in row.remedies[:2]]
     assert max(map(len, lines[:1])) < 240
 
 

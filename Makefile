@@ -43,7 +43,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) $(INDEX) "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	  echo "the package index offers no CPU build of torch $(TORCH); installing its default build"; \
 	  $(PIP) $(INDEX) "torch==$(TORCH)"; }
-	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,dev]"
+	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,sdnq,dev]"
 	touch $@
 
 # The real host: COMFYUI_PATH is a ComfyUI tree, COMFYUI_PYTHON the Python that runs it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,21 @@ class Availability:
     reason: str = ""
     remedy: str = ""
     version: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a product is computed.
+
+    Attributes:
+        name: a few words, such as `int8 x int8, torch._int_mm` or `dequantize, F.linear`.
+        reason: why this one here, one clause.
+        run: (x, weight, bias) -> product in the dtype of x; x is (..., K), bias (N,) in any float dtype or None.
+    """
+
+    name: str
+    reason: str
+    run: Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor] = field(compare=False)
 
 
 class Quantizer:
@@ -58,8 +74,19 @@ class Quantizer:
         """How many of the weight's values are nan or inf."""
         return int((~torch.isfinite(self.dequantize(q, torch.float32))).sum())
 
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        """The kernel for this weight and activations of `tokens` rows in `dtype` on `device`, and why.
+
+        Reads shapes and dtypes of `q` only, so it costs microseconds and can be asked without a product.
+        """
+        return Kernel("dequantize, F.linear", "the format has no fused kernel here", self._dequantized)
+
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        """`x @ W.T + bias` for x (..., K), in the dtype of x."""
+        """`x @ W.T + bias` for x (..., K), in the dtype of x, by `kernel`."""
+        tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return self.kernel(q, x.device, x.dtype, tokens).run(x, q, bias)
+
+    def _dequantized(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, self.dequantize(q, x.dtype), bias)
 

@@ -9,32 +9,10 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .base import Availability, Quantizer
 from .errors import BackendUnavailable, SpecError, near
-
-
-@dataclass(frozen=True)
-class FormatEntry:
-    """One line of the registry.
-
-    Attributes:
-        format_id: permanent kebab-case id; files and shared workflows hold it.
-        backend: name of the folder under `backends/`, and the first word of a URI.
-        factory: function in that package which takes the format id and returns the `Quantizer`.
-        bits: nominal bits a weight.
-        summary: a few words for lists.
-        writes: False for formats that can be loaded but not made here.
-    """
-
-    format_id: str
-    backend: str
-    factory: str
-    bits: float
-    summary: str
-    writes: bool = True
-
+from .formats import BACKENDS, FormatEntry
 
 _entries: dict[str, FormatEntry] = {}
 
@@ -54,8 +32,13 @@ def register(entries: Iterable[FormatEntry]) -> None:
 
 
 def format_ids(*, writable: bool = True) -> list[str]:
-    """All ids in registration order; with `writable`, only those that can be made here."""
-    return [e.format_id for e in _entries.values() if e.writes or not writable]
+    """Listed ids in registration order; with `writable`, only those that can be made here."""
+    return [e.format_id for e in _entries.values() if e.listed and (e.writes or not writable)]
+
+
+def is_format(format_id: str) -> bool:
+    """Whether the id is registered, listed or not."""
+    return format_id in _entries
 
 
 def get_entry(format_id: str) -> FormatEntry:
@@ -104,35 +87,4 @@ def require(format_id: str) -> Quantizer:
     return quantizer
 
 
-# Bits a weight with the scales; llama.cpp and other converters make files of these.
-_READ_ONLY_GGUF = [
-    FormatEntry(f"gguf-{name}", "gguf", "make_reader", bits, f"GGUF {name.upper().replace('-', '_')}", writes=False)
-    for name, bits in {
-        **{"q4-1": 5, "q5-0": 5.5, "q5-1": 6, "q2-k": 2.625, "q3-k": 3.4375, "q4-k": 4.5, "q5-k": 5.5, "q6-k": 6.5625},
-        **{"iq1-s": 1.5625, "iq1-m": 1.75, "iq2-xxs": 2.0625, "iq2-xs": 2.3125, "iq2-s": 2.5625, "iq3-xxs": 3.0625},
-        **{"iq3-s": 3.4375, "iq4-nl": 4.5, "iq4-xs": 4.25, "tq1-0": 1.6875, "tq2-0": 2.0625, "mxfp4": 4.25},
-        **{"nvfp4": 4.5},
-    }.items()
-]
-
-register(
-    [
-        FormatEntry("bnb-int8", "bnb", "make", 8, "LLM.int8, one scale a row, W8A8 with outlier columns"),
-        FormatEntry("bnb-nf4", "bnb", "make", 4, "NormalFloat4, blocks of 64"),
-        FormatEntry("bnb-fp4", "bnb", "make", 4, "4-bit float, blocks of 64"),
-        FormatEntry("quanto-qint8", "quanto", "make", 8, "int8, one scale a row, weight only"),
-        FormatEntry("quanto-qint4", "quanto", "make", 4, "uint4 with shift, groups of up to 128, weight only"),
-        FormatEntry("quanto-qfloat8-e4m3fn", "quanto", "make", 8, "float8 e4m3, one scale a row, weight only"),
-        FormatEntry("gguf-q8-0", "gguf", "make", 8.5, "GGUF Q8_0, blocks of 32"),
-        FormatEntry("gguf-q4-0", "gguf", "make", 4.5, "GGUF Q4_0, blocks of 32"),
-        *_READ_ONLY_GGUF,
-        FormatEntry("comfy-fp8-e4m3fn", "comfy", "make", 8, "ComfyUI native fp8, one scale a tensor"),
-        FormatEntry("comfy-fp8-e5m2", "comfy", "make", 8, "ComfyUI native fp8 with more range, one scale a tensor"),
-        FormatEntry("comfy-nvfp4", "comfy", "make", 4.5, "ComfyUI native NVFP4, blocks of 16"),
-        FormatEntry("comfy-mxfp8", "comfy", "make", 8.25, "ComfyUI native MXFP8, blocks of 32"),
-        FormatEntry("comfy-int8", "comfy", "make", 8, "ComfyUI native int8, one scale a row"),
-        FormatEntry("comfy-int8-convrot", "comfy", "make", 8, "ComfyUI native int8, columns rotated first"),
-        FormatEntry("comfy-w4a4-convrot", "comfy", "make", 4, "ComfyUI native int4 weights and activations, rotated"),
-        FormatEntry("comfy-w4a8", "comfy", "make", 4.5, "ComfyUI native 4-bit codebook weights, int8 activations"),
-    ]
-)
+register(entry for backend in BACKENDS for entry in backend.entries)

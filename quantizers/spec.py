@@ -8,104 +8,20 @@ quotes. A bare format id (`bnb-nf4`) is a URI too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import SpecError, near
-from .registry import format_ids, get_entry
+from .formats import BACKENDS, Argument
+from .registry import format_ids, get_entry, is_format
 
 SPEC_VERSION = 1
 
-BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One URI argument of a backend.
-
-    Attributes:
-        default: value when absent; arguments at their default are left out of `to_uri`.
-        choices: allowed words, or empty.
-        kind: `word`, `bool`, `int` or `float`.
-        low, high: inclusive bounds of a number; both or none.
-        applies: format ids that use it; empty means all of the backend.
-        effect: one sentence for help pages.
-    """
-
-    default: Any
-    choices: tuple[str, ...] = ()
-    kind: str = "word"
-    low: float | None = None
-    high: float | None = None
-    applies: tuple[str, ...] = ()
-    effect: str = ""
-
-    def parse(self, backend: str, name: str, text: str) -> Any:
-        """Turn the text of a URI into a value.
-
-        Raises:
-            SpecError: names the argument, what was given and what is valid.
-        """
-        where = f"{backend}: argument '{name}'"
-        if self.kind == "bool":
-            if text.lower() not in BOOLEANS:
-                raise SpecError(f"{where} must be true or false, got '{text}'.")
-            return BOOLEANS[text.lower()]
-        if self.kind in ("int", "float"):
-            try:
-                number = int(text) if self.kind == "int" else float(text)
-            except ValueError:
-                number_kind = "a whole number" if self.kind == "int" else "a number"
-                raise SpecError(f"{where} must be {number_kind}, got '{text}'.") from None
-            if self.choices and str(number) not in self.choices:
-                raise SpecError(f"{where} must be {' or '.join(self.choices)}, got {number}.")
-            # Written so that nan is refused too.
-            if self.low is not None and self.high is not None and not self.low <= number <= self.high:
-                raise SpecError(f"{where} must be between {self.low:g} and {self.high:g}, got {number:g}.")
-            return number
-        if text not in self.choices:
-            valid = ", ".join(self.choices)
-            raise SpecError(f"{where} must be one of {valid}, got '{text}'.{near(text, self.choices)}")
-        return text
-
-
-_FOUR_BIT = ("bnb-nf4", "bnb-fp4")
-
-_COMFY = ("fp8-e4m3fn", "fp8-e5m2", "nvfp4", "mxfp8", "int8", "int8-convrot", "w4a4-convrot", "w4a8")
-
-ARGUMENTS: dict[str, dict[str, Argument]] = {
-    "bnb": {
-        "bits": Argument(8, ("4", "8"), "int", effect="8 is LLM.int8, 4 is nf4 or fp4."),
-        "bits4-quant-type": Argument("fp4", ("fp4", "nf4"), applies=_FOUR_BIT, effect="The 4-bit codebook."),
-        "bits4-compute-dtype": Argument(None, FLOAT_DTYPES, applies=_FOUR_BIT, effect="dtype of the product."),
-        "bits4-use-double-quant": Argument(
-            False, (), "bool", applies=_FOUR_BIT, effect="Quantize the block maxima too: 0.37 bits a weight less."
-        ),
-        "int8-threshold": Argument(
-            6.0,
-            (),
-            "float",
-            0,
-            10,
-            ("bnb-int8",),
-            "Activation columns above it are multiplied in 16 bits; 0 is off, and activations above 65504 then "
-            "overflow float16.",
-        ),
-    },
-    "quanto": {"weights": Argument("qint8", ("qint8", "qint4", "qfloat8-e4m3fn"), effect="Weight type.")},
-    "gguf": {"type": Argument("q8_0", ("q8_0", "q4_0"), effect="GGUF tensor type.")},
-    "comfy": {"type": Argument("int8", _COMFY, effect="ComfyUI's native format.")},
-}
+ARGUMENTS: dict[str, Mapping[str, Argument]] = {b.name: b.arguments for b in BACKENDS}
+SELECTORS: dict[str, tuple[str, ...]] = {b.name: b.selectors for b in BACKENDS}
 # The arguments that choose each format.
-FORMAT_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "bnb-int8": {"bits": 8},
-    **{f"bnb-{t}": {"bits": 4, "bits4-quant-type": t} for t in ARGUMENTS["bnb"]["bits4-quant-type"].choices},
-    **{f"quanto-{w}": {"weights": w} for w in ARGUMENTS["quanto"]["weights"].choices},
-    **{f"gguf-{t.replace('_', '-')}": {"type": t} for t in ARGUMENTS["gguf"]["type"].choices},
-    **{f"comfy-{t}": {"type": t} for t in ARGUMENTS["comfy"]["type"].choices},
-}
-SELECTORS = {"bnb": ("bits", "bits4-quant-type"), "quanto": ("weights",), "gguf": ("type",), "comfy": ("type",)}
+FORMAT_ARGUMENTS: dict[str, Mapping[str, Any]] = {f: dict(v) for b in BACKENDS for f, v in b.chosen.items()}
 COMMON = ("include", "exclude")
 
 
@@ -169,7 +85,7 @@ class QuantSpec:
         bare = backend not in ARGUMENTS
         if bare:
             known = [*ARGUMENTS, *format_ids()]
-            if backend not in format_ids(writable=False):  # those that can only be loaded are refused below, by name
+            if not is_format(backend):  # those that can only be loaded are refused below, by name
                 raise SpecError(
                     f"Unknown backend or format '{backend}' in '{uri}'.{near(backend, known)}\n"
                     f"Backends: {', '.join(ARGUMENTS)}. Formats: {', '.join(format_ids())}."

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from ...quantizers.backends.comfy import FORMATS, Comfy
 from ...quantizers.errors import SpecError
+from ...quantizers.formats import BACKENDS
 from ...quantizers.registry import get_entry, require
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 
-# Tensors beside `qdata` that the formats of a backend may have. A new backend adds its line.
-BACKEND_TENSORS: dict[str, tuple[str, ...]] = {
-    "bnb": ("absmax", "nested_absmax", "nested_code", "offset"),
-    "quanto": ("scale", "shift"),
-    "gguf": (),
-}
+BACKEND_TENSORS = {backend.name: backend.tensors for backend in BACKENDS}
 PREFIX = "quantwire_"
 NATIVE = "comfy"  # the backend whose layouts are the host's own
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from quantwire.quantizers.backends.gguf import Gguf
 from quantwire.quantizers.errors import SpecError
-from quantwire.quantizers.registry import FormatEntry, format_ids, get_entry, get_quantizer, register, require
+from quantwire.quantizers.formats import FormatEntry
+from quantwire.quantizers.registry import format_ids, get_entry, get_quantizer, register, require
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight
 from torch import Tensor

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from quantwire.quantizers import spec
 from quantwire.quantizers.errors import SpecError
+from quantwire.quantizers.formats import Argument
 from quantwire.quantizers.registry import format_ids
 from quantwire.quantizers.spec import QuantSpec
 
@@ -194,7 +195,7 @@ def test_specs_made_in_code_are_checked_too(kwargs: dict[str, Any], message: str
 
 
 def test_a_backend_without_a_row_is_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(spec.ARGUMENTS, "other", {"type": spec.Argument("q8_0", ("q8_0",))})
+    monkeypatch.setitem(spec.ARGUMENTS, "other", {"type": Argument("q8_0", ("q8_0",))})
     monkeypatch.setitem(spec.SELECTORS, "other", ("type",))
     with pytest.raises(SpecError, match=r"^other: no format has type=q8_0\.$"):
         QuantSpec.from_uri("other;type=q8_0")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...base import Availability, Quantizer
+from ...base import Availability, Kernel, Quantizer
 from ...errors import SpecError
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
@@ -82,15 +82,27 @@ class BnbFourBit(Quantizer):
         state = self._state(q, dtype, (1, q.numel))
         return _library().functional.dequantize_4bit(q.tensors["qdata"], state).reshape(q.orig_shape)
 
-    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else x.dtype
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        if q.orig_shape[1] % BLOCK_SIZE:
+            reason = f"K={q.orig_shape[1]} is not a multiple of {BLOCK_SIZE}, where bitsandbytes' product is wrong"
+            return Kernel("dequantize, F.linear", reason, self._dequantized)
+        return Kernel("bitsandbytes gemm_4bit", "the library's own product", self._gemm)
+
+    def _dequantized(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        compute = self._compute_dtype(q, x)
         bias = None if bias is None else bias.to(compute)
-        if q.orig_shape[1] % BLOCK_SIZE:  # see dequantize
-            return F.linear(x.to(compute), self.dequantize(q, compute), bias).to(x.dtype)
+        return F.linear(x.to(compute), self.dequantize(q, compute), bias).to(x.dtype)
+
+    def _gemm(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        compute = self._compute_dtype(q, x)
+        bias = None if bias is None else bias.to(compute)
         state = self._state(q, compute, q.orig_shape)
         # Transposed, as versions before 0.50 require and later ones accept.
         packed = q.tensors["qdata"].t()
         return _library().matmul_4bit(x.to(compute), packed, bias=bias, quant_state=state).to(x.dtype)
+
+    def _compute_dtype(self, q: QuantizedWeight, x: Tensor) -> torch.dtype:
+        return getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else x.dtype
 
     def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
         """`Linear4bit` on the same packed bytes.

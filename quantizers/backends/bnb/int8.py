@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...base import Availability, Quantizer
+from ...base import Availability, Kernel, Quantizer
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -47,7 +47,10 @@ class BnbInt8(Quantizer):
 
         return F.int8_vectorwise_dequant(q.tensors["qdata"], q.tensors["absmax"]).to(dtype)
 
-    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        return Kernel("bitsandbytes int8 x int8", "the library's own product", self._w8a8)
+
+    def _w8a8(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """The library's W8A8 product; needs no `MatmulLtState`, so nothing is cached between calls.
 
         With threshold 0 every activation becomes float16 on the way to int8, so values above 65504 overflow; above 0

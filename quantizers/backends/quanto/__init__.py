@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...base import Availability, Quantizer
+from ...base import Availability, Kernel, Quantizer
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -91,11 +91,14 @@ class Quanto(Quantizer):
         values = torch.cat([packed & 0xF, packed >> 4])[:rows]
         return (t["scale"] * values - t["shift"]).reshape(q.orig_shape).to(dtype)
 
-    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
         # The library's product wants activations in the dtype of the scales; casting scales to the dtype of x instead
         # would lose up to 0.4 % of each row in bfloat16, or the row where float16 underflows.
-        if self._packed or x.dtype != q.tensors["scale"].dtype:
-            return super().linear(x, q, bias)
+        if self._packed or dtype != q.tensors["scale"].dtype:
+            return super().kernel(q, device, dtype, tokens)
+        return Kernel("quanto qbytes_mm", "the library's own product", self._qbytes_mm)
+
+    def _qbytes_mm(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         _library()  # registers quanto::qbytes_mm
         out = torch.ops.quanto.qbytes_mm(x.reshape(-1, x.shape[-1]), q.tensors["qdata"], q.tensors["scale"])
         out = out.reshape(*x.shape[:-1], q.orig_shape[0]).to(x.dtype)

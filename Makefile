@@ -10,7 +10,7 @@ TORCH := 2.13.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui lint types format bench clean
+.PHONY: demo test test-slow test-comfyui lint types format bench formats pages clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -34,6 +34,14 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/import_time.py --json out/bench/import_time.json
+
+# Every format on two models, with docs/formats.md; FORMATS="bnb-nf4 gguf-q8-0" measures some, into out/formats.md.
+formats: $(VENV)/.ready
+	$(BIN)/python benchmarks/formats.py $(if $(FORMATS),--formats $(FORMATS))
+
+# The help pages of the nodes, from what quantizers/formats declares.
+pages: $(VENV)/.ready
+	$(BIN)/python -m quantwire.quantizers.help --write
 
 # torch goes in first and pinned, the CPU build where one is offered; the constraints then hold it, so that no other
 # package can bring a CUDA build.

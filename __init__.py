@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WEB_DIRECTORY = "./web"  # the nodes' help pages
+
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 

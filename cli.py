@@ -1,4 +1,4 @@
-"""Command line: `quantwire run`, `quantwire convert`, `quantwire formats`.
+"""Command line: `quantwire run`, `quantwire convert`, `quantwire formats`, `quantwire help`.
 
 Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
 one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
@@ -7,13 +7,14 @@ one line on standard error and, where there is one, what to do about it; `--debu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
     formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
     formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")
+    formats.add_argument("--verbose", action="store_true", help="show the kernel of each format's product, and why")
     formats.set_defaults(handler=_formats)
+
+    helper = commands.add_parser("help", parents=[common], help="backends, their formats and arguments")
+    helper.add_argument("backends", nargs="*", metavar="BACKEND", help="backend or format; none lists the backends")
+    helper.set_defaults(handler=_help)
     return parser
 
 
@@ -184,21 +190,44 @@ def _convert(args: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:
-    from .quantizers.registry import availability, format_ids, get_entry
+    from .quantizers import overview
 
-    states = {format_id: availability(format_id) for format_id in format_ids()}
-    if args.json is not None:
-        args.json = None  # a plain list on standard output, not the report of `run`
-        rows = [
-            {"id": f, "works": s.works, "reason": s.reason, "remedy": s.remedy, "version": s.version}
-            for f, s in states.items()
-        ]
-        print(json.dumps(rows, indent=2))
-        return OK
-    for format_id, state in states.items():
-        entry = get_entry(format_id)
-        verdict = f"works here ({state.version})" if state.works else f"does not run: {state.reason} {state.remedy}"
-        print(f"{format_id:22} {entry.bits:>4g} bit  {verdict}\n{'':32}{entry.summary}")
+    with _quiet_libraries(args.debug):
+        rows = list(overview.rows())
+        device = overview.compute_device()
+        if args.json is not None:
+            args.json = None  # a plain list on standard output, not the report of `run`
+            print(json.dumps([overview.to_json(row, device if args.verbose else None) for row in rows], indent=2))
+            return OK
+        if args.verbose:
+            n, k = overview.SHAPE
+            print(f"Kernels are those for a {n} x {k} weight and bfloat16 activations on {device.type}.")
+        for row in rows:
+            print(f"{row.id:22} {row.bits:>7g} bit  {overview.verdict(row)}\n{'':36}{overview.summary(row)}")
+            if args.verbose and row.works and row.writable:
+                print(f"{'':36}{overview.kernel_text(row, device)}")
+        if args.verbose and any(row.works and not row.writable for row in rows):
+            print("Read-only formats: no kernel is shown, since no weight can be made here to ask with.")
+    print(overview.count_text(rows))
+    return OK
+
+
+@contextlib.contextmanager
+def _quiet_libraries(debug: bool) -> Iterator[None]:
+    """Hold back what libraries log when they are imported to be probed; what keeps one from working is its reason."""
+    before = logging.root.manager.disable
+    logging.disable(before if debug else logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _help(args: argparse.Namespace, _: dict[str, Any]) -> int:
+    from .quantizers.help import find_backend, overview, text
+
+    found = {b.name: b for b in map(find_backend, args.backends)}
+    print(text(list(found.values())) if found else overview())
     return OK
 
 

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..quantizers.apply import LoraMode
+from ..quantizers.apply import LoraMode, OnFailure
+from ..quantizers.auto import DeviceFacts
 from ..quantizers.compat.modes import Carrier, OffloadMode
 from ..quantizers.report import QuantReport
+from ..quantizers.spec import QuantSpec
 from ..quantizers.weight import QuantizedWeight
 
 
@@ -47,6 +49,16 @@ class Host(Protocol):
         """A MODEL from a GGUF file, its quantized tensors left as they are in the file."""
         ...
 
+    def load_and_quantize(
+        self, path: Path, spec: QuantSpec, carrier: Carrier, on_failure: OnFailure, cached: bool
+    ) -> tuple[Any, QuantReport]:
+        """A MODEL from a full-precision file, quantized tensor by tensor as it is read.
+
+        Args:
+            cached: keep the result on disk, and take it from there next time.
+        """
+        ...
+
     def make_layer(
         self, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, lora: LoraMode = LoraMode.EXACT
     ) -> nn.Module:
@@ -57,8 +69,25 @@ class Host(Protocol):
         """
         ...
 
+    def prepare_lora(self, model: Any, carrier: Carrier, lora: LoraMode) -> Any:
+        """The model as it is to be quantized: for `requantize` with the LoRAs on it merged into full-precision weights,
+        unless the host merges them itself when it loads a model.
+
+        Raises:
+            SpecError: layers of this carrier cannot take LoRAs in this way here.
+        """
+        ...
+
     def compute_device(self, model: Any) -> torch.device | None:
         """Where to quantize the weights of a model object; None is where they lie."""
+        ...
+
+    def memory(self, model: Any) -> DeviceFacts:
+        """The device that a model object computes on, and what is free there for it.
+
+        Raises:
+            SpecError: the device does not tell.
+        """
         ...
 
     def offload_mode(self, model: Any) -> OffloadMode:

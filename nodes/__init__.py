@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .load import LoadGGUF
+from .load import LoadAndQuantize, LoadGGUF
 from .offload import OffloadCompat
-from .quantize import QuantConfig, QuantizeControlNet, QuantizeModel, QuantizeTextEncoder
+from .quantize import QuantConfig, QuantizeControlNet, QuantizeModel, QuantizeTextEncoder, QuantRules
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QuantizeModel": QuantizeModel,
     "QuantizeTextEncoder": QuantizeTextEncoder,
     "QuantizeControlNet": QuantizeControlNet,
     "QuantConfig": QuantConfig,
+    "QuantRules": QuantRules,
     "LoadGGUF": LoadGGUF,
+    "LoadAndQuantize": LoadAndQuantize,
     "OffloadCompat": OffloadCompat,
 }
 
@@ -20,6 +22,8 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "QuantizeTextEncoder": "Quantize Text Encoder",
     "QuantizeControlNet": "Quantize ControlNet",
     "QuantConfig": "Quantization Config",
+    "QuantRules": "Quantization Rules",
     "LoadGGUF": "Load GGUF",
+    "LoadAndQuantize": "Load and Quantize",
     "OffloadCompat": "Offload Compatibility",
 }

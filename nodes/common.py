@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 from ..hosts import current
+from ..quantizers import quoting
 from ..quantizers.apply import LoraMode, OnFailure
+from ..quantizers.auto import AUTO
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError
 from ..quantizers.registry import format_ids
+from ..quantizers.rules import RuleSet
 from ..quantizers.spec import QuantSpec
 
 CATEGORY = "quantwire"
 FROM_CONFIG = "from config"
 
 
-def format_input() -> tuple[list[str], dict[str, Any]]:
+def format_input(auto: bool = False) -> tuple[list[str], dict[str, Any]]:
     tooltip = "What the weights become. `quantwire formats` tells which of these run on this machine."
-    return ([*format_ids(), FROM_CONFIG], {"default": "bnb-nf4", "tooltip": tooltip})
+    chosen = " auto: the best one that fits into the memory that is free now; the report says why." if auto else ""
+    words = [*format_ids(), FROM_CONFIG, *([AUTO] if auto else [])]
+    return (words, {"default": "bnb-nf4", "tooltip": tooltip + chosen})
 
 
 def carrier_input() -> tuple[list[str], dict[str, Any]]:
@@ -33,8 +37,10 @@ def carrier_input() -> tuple[list[str], dict[str, Any]]:
 def optional_inputs() -> dict[str, Any]:
     """Carrier, config, layers to keep, LoRA mode, on failure."""
     lora = (
-        "How LoRAs on the quantized layers are applied. exact: in floating point when a layer computes. requantize: "
-        "merged and quantized again once, as ComfyUI does, which is faster to sample and loses part of the LoRA."
+        "How LoRAs are applied. exact: in floating point when a quantized layer computes; keeps the LoRA whole. "
+        "requantize: merged into the weights, which costs nothing while sampling and loses part of the LoRA, most at 4 "
+        "bits. One that is added later is merged by dequantizing, adding and quantizing again; without ComfyUI, one "
+        "that is on the model already is merged before quantizing."
     )
     keep = (
         "Layers that stay at full precision beside the sensitive ones: names or patterns such as *.attn.to_out.*, "
@@ -46,22 +52,25 @@ def optional_inputs() -> dict[str, Any]:
     )
     return {
         "carrier": carrier_input(),
-        "config": ("QUANT_CONFIG", {"tooltip": "Options of the backend, from QuantConfig."}),
+        "config": ("QUANT_CONFIG", {"tooltip": "Options from QuantConfig, rules for single layers from QuantRules."}),
         "keep_layers": ("STRING", {"default": "", "multiline": True, "tooltip": keep}),
         "lora": ([m.value for m in LoraMode], {"default": LoraMode.EXACT.value, "tooltip": lora}),
         "on_failure": ([f.value for f in OnFailure], {"default": OnFailure.ERROR.value, "tooltip": failure}),
     }
 
 
-def spec_from_inputs(format_id: str, config: QuantSpec | None, keep_layers: str) -> QuantSpec:
+def spec_from_inputs(format_id: str, config: QuantSpec | RuleSet | None, keep_layers: str) -> QuantSpec:
     """Merge a node's widgets with a linked config.
 
     Raises:
-        SpecError: `from config` without a config, or a config for another format.
+        SpecError: `from config` without a config that names a format, or a config for another format.
     """
+    rules = config.rules if isinstance(config, RuleSet) else ()
+    config = None if isinstance(config, RuleSet) else config
     if format_id == FROM_CONFIG:
         if config is None:
-            raise SpecError("format is 'from config', but no QuantConfig is linked to `config`.")
+            what = "the linked QuantRules has no base config" if rules else "no QuantConfig is linked to `config`"
+            raise SpecError(f"format is 'from config', but {what}.\nChoose a format here, or link a QuantConfig.")
         spec = config
     elif config is not None and config.format_id != format_id:
         raise SpecError(
@@ -70,8 +79,17 @@ def spec_from_inputs(format_id: str, config: QuantSpec | None, keep_layers: str)
         )
     else:
         spec = config or QuantSpec(format_id)
-    keep = tuple(p.strip() for p in re.split(r"[,\n]", keep_layers) if p.strip())
-    return replace(spec, exclude=(*spec.exclude, *keep))
+    return replace(spec, exclude=(*spec.exclude, *patterns(keep_layers)), rules=(*spec.rules, *rules))
+
+
+def patterns(keep_layers: str) -> tuple[str, ...]:
+    """Layer patterns separated by commas or lines; one that holds a comma stands in quotes."""
+    return tuple(pattern for line in keep_layers.splitlines() for pattern in quoting.items(line))
+
+
+def one_line(err: SpecError) -> str:
+    """The message for VALIDATE_INPUTS, whose answers are one line."""
+    return " ".join(str(err).splitlines())
 
 
 def with_report(report: Any, *outputs: Any) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""LoadGGUF."""
+"""LoadGGUF and LoadAndQuantize."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..hosts import current
+from ..quantizers.apply import OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError
-from .common import CATEGORY, carrier_input, with_report
+from ..quantizers.spec import QuantSpec
+from .common import CATEGORY, carrier_input, format_input, optional_inputs, spec_from_inputs, with_report
 
 FOLDER = "diffusion_models"
 
@@ -28,20 +30,77 @@ class LoadGGUF:
 
     @classmethod
     def VALIDATE_INPUTS(cls, gguf_name: str | None) -> bool | str:
-        if gguf_name is None:  # a link: the name is not known yet
-            return True
-        try:
-            current().resolve(FOLDER, gguf_name)
-        except QuantwireError as err:
-            return " ".join(str(err).splitlines())
-        return True
+        return _validated(gguf_name)
 
     @classmethod
     def IS_CHANGED(cls, gguf_name: str, carrier: str = "") -> str:
-        stat = current().resolve(FOLDER, gguf_name).stat()
-        return f"{stat.st_mtime_ns}:{stat.st_size}"
+        return _state(gguf_name)
 
     def load(self, gguf_name: str, carrier: str = Carrier.QUANTWIRE.value) -> dict[str, Any]:
         host = current()
         model, report = host.load_gguf(host.resolve(FOLDER, gguf_name), Carrier(carrier))
         return with_report(report, model, report)
+
+
+class LoadAndQuantize:
+    DESCRIPTION = (
+        "Opens a full-precision diffusion model and quantizes it tensor by tensor while it is read, so that the whole "
+        "model is never in memory. The result is kept on disk, and the next load takes it from there."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MODEL", "REPORT")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = ("The quantized model.", "What became of each layer, and whether it came from the cache.")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        files = current().list_files(FOLDER, (".safetensors", ".sft"))
+        name = (files, {"tooltip": "A full-precision safetensors file of the folder diffusion_models."})
+        cache = (
+            "Keep the quantized model on disk and take it from there next time. The environment variables "
+            "QUANTWIRE_CACHE and QUANTWIRE_CACHE_GIB name the folder and its size (32 by default)."
+        )
+        shared = optional_inputs()
+        optional = {n: shared[n] for n in ("carrier", "config", "keep_layers", "on_failure")}
+        optional["cache"] = ("BOOLEAN", {"default": True, "tooltip": cache})
+        return {"required": {"model_name": name, "format": format_input()}, "optional": optional}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str | None) -> bool | str:
+        return _validated(model_name)
+
+    @classmethod
+    def IS_CHANGED(cls, model_name: str, **_: Any) -> str:
+        return _state(model_name)
+
+    def load(
+        self,
+        model_name: str,
+        format: str,
+        carrier: str = Carrier.QUANTWIRE.value,
+        config: QuantSpec | None = None,
+        keep_layers: str = "",
+        on_failure: str = OnFailure.ERROR.value,
+        cache: bool = True,
+    ) -> dict[str, Any]:
+        host = current()
+        spec = spec_from_inputs(format, config, keep_layers)
+        path = host.resolve(FOLDER, model_name)
+        model, report = host.load_and_quantize(path, spec, Carrier(carrier), OnFailure(on_failure), cache)
+        return with_report(report, model, report)
+
+
+def _validated(name: str | None) -> bool | str:
+    if name is None:  # a link: the name is not known yet
+        return True
+    try:
+        current().resolve(FOLDER, name)
+    except QuantwireError as err:
+        return " ".join(str(err).splitlines())
+    return True
+
+
+def _state(name: str) -> str:
+    stat = current().resolve(FOLDER, name).stat()
+    return f"{stat.st_mtime_ns}:{stat.st_size}"

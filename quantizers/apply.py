@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Protocol, TypeVar, cast
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .compat.modes import Carrier
+from .dequantize import quantized_layers
 from .errors import QuantwireError, SpecError, WeightError
-from .plan import Action, QuantPlan, Slot, make_plan
+from .plan import Action, Decision, QuantPlan, Slot, make_plan
+from .provenance import remember
 from .registry import require
 from .report import Entry, QuantReport, measure
 from .spec import QuantSpec
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LayerMaker = Callable[[QuantizedWeight, "Tensor | None", Carrier], nn.Module]
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REPORTED_TOKENS = 1024  # for which the report names a layer's kernel
 T = TypeVar("T")
 
 
@@ -40,11 +43,18 @@ class OnFailure(str, Enum):
     FULL_PRECISION = "full precision"
 
 
+class OnQuantized(str, Enum):
+    """What to do with a model that holds quantized layers already."""
+
+    REFUSE = "refuse"
+    DEQUANTIZE = "dequantize first"
+
+
 class LoraMode(str, Enum):
     """How a LoRA on quantized layers is applied."""
 
-    EXACT = "exact"
-    REQUANTIZE = "requantize"
+    EXACT = "exact"  # in floating point, when the layer computes
+    REQUANTIZE = "requantize"  # merged into the weight, which is then quantized (again)
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
@@ -59,7 +69,34 @@ def slots_of(model: nn.Module) -> list[Slot]:
     ]
 
 
+def planning_slots(model: nn.Module, on_quantized: OnQuantized) -> list[Slot]:
+    """`slots_of`, with the weights of quantized layers as what they were before.
+
+    Raises:
+        WeightError: the model holds quantized layers, and is refused or holds some that cannot be read.
+    """
+    return [source.slot for source in _sources(model, on_quantized).values()]
+
+
 _User = tuple[str, nn.Module, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A tensor of the model: a parameter, or the weight of a layer that is quantized already.
+
+    Attributes:
+        users: (module name, module, parameter name) of everything that holds it.
+        read: gives the tensor, detached.
+        was: format of a quantized layer.
+        nbytes: as it is stored.
+    """
+
+    slot: Slot
+    users: list[_User]
+    read: Callable[[], Tensor]
+    nbytes: int
+    was: str = ""
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[Tensor, list[_User]]]:
@@ -70,6 +107,30 @@ def _parameters(model: nn.Module) -> dict[str, tuple[Tensor, list[_User]]]:
             name = f"{module_name}.{leaf}" if module_name else leaf
             found.setdefault(id(p), (name, p, []))[2].append((module_name, module, leaf))
     return {name: (p, users) for name, p, users in found.values()}
+
+
+def _sources(model: nn.Module, on_quantized: OnQuantized) -> dict[str, _Source]:
+    """Name -> tensor, in definition order.
+
+    Raises:
+        WeightError: the model holds quantized layers, and is refused or holds some that cannot be read.
+    """
+    if on_quantized is OnQuantized.REFUSE:
+        refuse_quantized(model)
+    layers = quantized_layers(model) if on_quantized is OnQuantized.DEQUANTIZE else {}
+    slots = {slot.meta.name: slot for slot in slots_of(model)}
+    sources: dict[str, _Source] = {}
+    for name, (p, users) in _parameters(model).items():
+        module_name, module, leaf = users[0]
+        layer = layers.get(module_name)
+        if layer is None or leaf == "bias":
+            sources[name] = _Source(slots[name], users, p.detach, slots[name].meta.nbytes)
+            continue
+        weight = f"{module_name}.weight"
+        meta = TensorMeta(weight, layer.shape, layer.dtype)
+        slot = Slot(meta, linear=True)
+        sources[weight] = _Source(slot, [(module_name, module, "weight")], layer.read, layer.nbytes, layer.format_id)
+    return sources
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -86,7 +147,8 @@ def refuse_quantized(model: nn.Module) -> None:
         name = first.name or type(model).__name__
         raise WeightError(
             f"'{name}': already quantized ({first.format_id}, {first.carrier.value} carrier).\n"
-            "Quantize the full-precision model instead; quantizing twice adds both errors."
+            "Quantize the full-precision model instead: quantizing twice adds both errors. "
+            f"Where there is none, set on_quantized to '{OnQuantized.DEQUANTIZE.value}'."
         )
 
 
@@ -100,6 +162,7 @@ def quantize_linears(
     device: torch.device | None = None,
     progress: Progress | None = None,
     title: str = "model",
+    on_quantized: OnQuantized = OnQuantized.REFUSE,
 ) -> tuple[dict[str, nn.Module], QuantReport]:
     """Make quantized replacements for the linear layers of a model. The model itself is not touched.
 
@@ -114,53 +177,81 @@ def quantize_linears(
         device: where to quantize, one layer at a time; default: where the weight lies. The result goes back there.
         progress: wraps the work list.
         title: component name for messages.
+        on_quantized: REFUSE stops at a model that holds quantized layers; DEQUANTIZE reads them back one at a time and
+            quantizes them again, with a warning. Those that stay keep the format they have.
     Returns:
         layer name -> new module (in eval mode), and the report. Layers that share a weight share the new one too, and
         the whole new layer where their biases are the same.
     Raises:
         BackendUnavailable, SpecError, WeightError: as described.
     """
-    refuse_quantized(model)
+    sources = _sources(model, on_quantized)
     quantizer = require(spec.format_id)
-    start = time.perf_counter()  # after `require`, which may spend seconds on importing the library
-    parameters = _parameters(model)
-    plan = make_plan(slots_of(model), spec, quantizer)
+    plan = make_plan((source.slot for source in sources.values()), spec, quantizer)
+    for format_id in plan.format_ids:
+        require(format_id)
+    start = time.perf_counter()  # after `require`, which may spend seconds on importing a library
     if on_failure is OnFailure.ERROR:
         plan.raise_on_refusal()
     if not plan.to_quantize and not plan.refused:
         raise SpecError(f"{title}: no linear layer is left to quantize with these patterns.")
-    for decision in plan.decisions:
-        w = parameters[decision.meta.name][0]
-        if decision.action is not Action.QUANTIZE and w.is_floating_point() and not w.is_meta:
-            check_finite(decision.meta.name, w)
+    _check_kept(plan, sources)
     report = QuantReport(title, spec.format_id, carrier.value, spec.to_uri())
+    report.family, report.notes = plan.family, list(plan.notes)
     layers: dict[str, nn.Module] = {}
-    _report_others(plan, report)
+    _report_others(plan, report, sources)
+    _warn_of_both_errors(plan, report, sources)
     work = plan.to_quantize
     for decision in progress(work, len(work)) if progress else work:
-        name = decision.meta.name
-        parameter, users = parameters[name]
-        w = parameter.detach()
-        check_finite(name, w)  # not among the failures that may be left at full precision
+        source = sources[decision.meta.name]
+        w = source.read()
+        check_finite(decision.meta.name, w)  # not among the failures that may be left at full precision
         try:
-            weight, entry = quantize_tensor(name, w.to(device or w.device), spec)
-            weight = weight.with_tensors({n: t.to(w.device) for n, t in weight.tensors.items()})
-            made: dict[int, nn.Module] = {}
-            for user, module, _ in users:
-                bias = cast(nn.Linear, module).bias
-                if id(bias) not in made:
-                    made[id(bias)] = _make_layer(f"{user}.weight", weight, bias, carrier, make_layer)
-            layers |= {user: made[id(cast(nn.Linear, module).bias)] for user, module, _ in users}
-            if len(users) > 1:
-                others = ", ".join(user for user, _, _ in users[1:])
-                entry = dataclasses.replace(entry, reason=f"{entry.reason}, shared with {others}")
-            report.entries.append(entry)
+            made, entry = _quantize_source(decision, source, w, spec, carrier, make_layer, device)
         except QuantwireError as err:
             if on_failure is OnFailure.ERROR:
                 raise
-            _keep_full_precision(report, name, w, str(err).splitlines()[0])
+            _warn_full_precision(report, decision.meta.name, str(err).splitlines()[0], source.nbytes)
+            continue
+        layers |= made
+        report.entries.append(entry)
     report.seconds = time.perf_counter() - start
     return layers, report
+
+
+def _check_kept(plan: QuantPlan, sources: Mapping[str, _Source]) -> None:
+    for decision in plan.decisions:
+        source = sources[decision.meta.name]
+        if decision.action is not Action.QUANTIZE and not source.was:
+            w = source.read()
+            if w.is_floating_point() and not w.is_meta:
+                check_finite(decision.meta.name, w)
+
+
+def _quantize_source(
+    decision: Decision,
+    source: _Source,
+    w: Tensor,
+    spec: QuantSpec,
+    carrier: Carrier,
+    maker: LayerMaker | None,
+    device: torch.device | None,
+) -> tuple[dict[str, nn.Module], Entry]:
+    """New layers for every user of one weight, and the report's entry."""
+    name = decision.meta.name
+    weight, entry = quantize_tensor(name, w.to(device or w.device), decision.spec or spec)
+    weight = weight.with_tensors({n: t.to(w.device) for n, t in weight.tensors.items()})
+    made: dict[int, nn.Module] = {}
+    for user, module, _ in source.users:
+        bias = cast(nn.Linear, module).bias
+        if id(bias) not in made:
+            made[id(bias)] = _make_layer(f"{user}.weight", weight, bias, carrier, maker)
+    others = ", ".join(user for user, _, _ in source.users[1:])
+    others = f", shared with {others}" if others else ""
+    was = f", was {source.was}" if source.was else ""
+    kernel = entry.kernel if carrier is Carrier.QUANTWIRE else "the library's own layer"
+    entry = dataclasses.replace(entry, reason=f"{decision.reason}{others}{was}", nbytes_in=source.nbytes, kernel=kernel)
+    return {user: made[id(cast(nn.Linear, module).bias)] for user, module, _ in source.users}, entry
 
 
 def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWeight, Entry]:
@@ -181,11 +272,14 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     if refusal:
         raise SpecError(f"'{name}': {spec.format_id}: {refusal}.")
     check_finite(name, w)
-    weight = quantizer.quantize(w, spec)
+    weight = remember(quantizer.quantize(w, spec), spec)
     restored = quantizer.dequantize(weight, torch.float32)
-    if not bool(torch.isfinite(restored).all()):
+    # A finite sum has finite terms, and needs no mask as large as the weight.
+    if not bool(torch.isfinite(restored.sum())) and not bool(torch.isfinite(restored).all()):
         raise WeightError(f"'{name}': {spec.format_id} gives non-finite values; the weight exceeds its range.")
-    return weight, measure(name, "linear weight", w, restored, weight.nbytes)
+    entry = measure(name, "linear weight", w, restored, weight.nbytes)
+    kernel = quantizer.kernel(weight, w.device, w.dtype, REPORTED_TOKENS)
+    return weight, dataclasses.replace(entry, format_id=spec.format_id, kernel=f"{kernel.name}: {kernel.reason}")
 
 
 def check_finite(name: str, w: Tensor | QuantizedWeight) -> None:
@@ -230,16 +324,25 @@ def _make_layer(
         raise SpecError(f"'{name}': {err}") from err
 
 
-def _report_others(plan: QuantPlan, report: QuantReport) -> None:
+def _report_others(plan: QuantPlan, report: QuantReport, sources: Mapping[str, _Source]) -> None:
     for d in plan.decisions:
+        source = sources[d.meta.name]
         if d.action is Action.KEEP:
-            report.entries.append(Entry(d.meta.name, "keep", d.reason, d.meta.nbytes, d.meta.nbytes))
+            stays = f", stays in {source.was}" if source.was else ""
+            report.entries.append(Entry(d.meta.name, "keep", f"{d.reason}{stays}", source.nbytes, source.nbytes))
         elif d.action is Action.REFUSE:
-            _warn_full_precision(report, d.meta.name, d.reason, d.meta.nbytes)
+            _warn_full_precision(report, d.meta.name, d.reason, source.nbytes)
 
 
-def _keep_full_precision(report: QuantReport, name: str, w: Tensor, reason: str) -> None:
-    _warn_full_precision(report, name, reason, w.numel() * w.element_size())
+def _warn_of_both_errors(plan: QuantPlan, report: QuantReport, sources: Mapping[str, _Source]) -> None:
+    was = [sources[d.meta.name].was for d in plan.to_quantize if sources[d.meta.name].was]
+    if was:
+        message = (
+            f"{len(was)} layers were quantized already ({', '.join(dict.fromkeys(was))}) and were dequantized first: "
+            "the errors of both quantizations add up, and the SQNR shown is only that of the second"
+        )
+        report.warnings.append(message)
+        log.warning("%s: %s", report.title, message)
 
 
 def _warn_full_precision(report: QuantReport, name: str, reason: str, nbytes: int) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import SpecError
+from .kernels.choose import expanding
+from .kernels.expand import Expansion
+from .kernels.kernel import Kernel
 from .weight import QuantizedWeight, TensorMeta
 
 if TYPE_CHECKING:
@@ -25,21 +27,6 @@ class Availability:
     reason: str = ""
     remedy: str = ""
     version: str = ""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How a product is computed.
-
-    Attributes:
-        name: a few words, such as `int8 x int8, torch._int_mm` or `dequantize, F.linear`.
-        reason: why this one here, one clause.
-        run: (x, weight, bias) -> product in the dtype of x; x is (..., K), bias (N,) in any float dtype or None.
-    """
-
-    name: str
-    reason: str
-    run: Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor] = field(compare=False)
 
 
 class Quantizer:
@@ -70,6 +57,13 @@ class Quantizer:
         """The (N, K) weight in `dtype`, on the device of `q`."""
         raise NotImplementedError
 
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        """How the rows of a weight come back block by block; None where only `dequantize` can restore it.
+
+        The same numbers as `dequantize`, up to the rounding of the dtype in which the library computes them.
+        """
+        return None
+
     def non_finite(self, q: QuantizedWeight) -> int:
         """How many of the weight's values are nan or inf."""
         return int((~torch.isfinite(self.dequantize(q, torch.float32))).sum())
@@ -79,12 +73,20 @@ class Quantizer:
 
         Reads shapes and dtypes of `q` only, so it costs microseconds and can be asked without a product.
         """
-        return Kernel("dequantize, F.linear", "the format has no fused kernel here", self._dequantized)
+        if self.form(q) is not None:
+            return expanding(self._form)
+        return Kernel("dequantize, F.linear", "the format has no other product here", self._dequantized)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias` for x (..., K), in the dtype of x, by `kernel`."""
         tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
         return self.kernel(q, x.device, x.dtype, tokens).run(x, q, bias)
+
+    def _form(self, q: QuantizedWeight) -> Expansion:
+        form = self.form(q)
+        if form is None:
+            raise SpecError(f"{self.format_id}: this weight cannot be expanded by rows.")
+        return form
 
     def _dequantized(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)

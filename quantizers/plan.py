@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from .base import Quantizer
 from .errors import SpecError
+from .families import LARGE_NBYTES, UNKNOWN, Family, find_family, in_first_block, reason_to_keep, shown_reason
 from .registry import availability, format_ids, get_quantizer
+from .rules import KEEP, Hit, layer_name, matches, resolve
 from .spec import QuantSpec
 from .weight import TensorMeta
 
-# Layers that cost little and hurt most: a few percent of the weights of a full-size model, and every token passes
-# through them. The names are those of ComfyUI's and diffusers' layouts of the FLUX, SD3, Wan and Qwen-Image families
-# and of CLIP, T5 and Llama-type text encoders.
-SENSITIVE: tuple[tuple[str, str], ...] = (
-    (
-        r"(^|\.)(img_in|txt_in|vector_in|time_in|guidance_in|x_embedder|context_embedder|time_text_embed|\w+_embedder"
-        r"|\w*patch_embed\w*|pos_embed\w*|time_embed\w*|time_projection|text_embedding|condition_embedder|\w+_emb)(\.|$)",
-        "embedder",
-    ),
-    (r"(^|\.)(\w*embeddings?|embed_tokens|shared|text_projection|relative_attention_bias)(\.|$)", "embedding"),
-    (r"(^|\.)(\w*_mod|modulation|adaLN_modulation|norm\w*|\w+_norm|layer_norm\w*)(\.|$)", "norm or modulation"),
-    # Blocks have a proj_out of their own, so only the prefixes of whole models may stand in front.
-    (
-        r"^((model|diffusion_model|transformer)\.)*(proj_out|final_layer|head|lm_head|norm_out)(\.|$)",
-        "final layer",
-    ),
-)
+__all__ = [
+    "Action",
+    "Decision",
+    "QuantPlan",
+    "Slot",
+    "make_plan",
+    "matches",
+    "sensitive_reason",
+]
 
 
 class Action(str, Enum):
@@ -49,18 +43,39 @@ class Slot:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one tensor; `nbytes_out` is the predicted size."""
+    """What happens to one tensor.
+
+    Attributes:
+        nbytes_out: the predicted size.
+        spec: format and options of a tensor that is quantized or refused; no layer patterns. None where it is kept.
+    """
 
     meta: TensorMeta
     action: Action
     reason: str
     nbytes_out: int
+    spec: QuantSpec | None = None
 
 
 @dataclass(frozen=True)
 class QuantPlan:
+    """The decisions, in the order of the slots.
+
+    Attributes:
+        spec: what was asked for.
+        family: of the model, as far as it is known; else empty.
+        notes: what the reader should know of the built-in rules here.
+    """
+
     spec: QuantSpec
     decisions: tuple[Decision, ...]
+    family: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def format_ids(self) -> list[str]:
+        """The formats that its layers get, in order of first use."""
+        return list(dict.fromkeys(d.spec.format_id for d in self.to_quantize if d.spec is not None))
 
     @property
     def to_quantize(self) -> list[Decision]:
@@ -101,64 +116,88 @@ class QuantPlan:
 def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> QuantPlan:
     """Decide for every tensor.
 
-    `spec.exclude` wins over `spec.include`, which wins over the built-in list of sensitive layers.
+    What the user says wins over the built-in rules of the model's family: `exclude` and rules to keep, rules with a
+    format, and `include`, which leaves its layers the format of the spec.
 
+    Args:
+        quantizer: of `spec.format_id`; those of the rules are looked up.
     Raises:
-        SpecError: a pattern of `include` or `exclude` matches no linear layer.
+        SpecError: a pattern matches no linear layer, or two contradict each other.
     """
     slots = list(slots)
-    names = [_layer(s.meta.name) for s in slots if s.linear]
-    for pattern in (*spec.include, *spec.exclude):
-        if not any(matches(pattern, name) for name in names):
-            shown = f" (such as {', '.join(names[:3])})" if names else ""
-            raise SpecError(f"Pattern '{pattern}' matches none of the {len(names)} linear layers{shown}.")
-    return QuantPlan(spec, tuple(_decide(slot, spec, quantizer) for slot in slots))
+    layers = {layer_name(s.meta.name): s.meta for s in slots if s.linear}
+    hits = resolve(spec.rules, spec.exclude, spec.include, list(layers))
+    family = find_family(s.meta for s in slots)
+    asked = {name for name in layers if name in hits or any(matches(p, name) for p in spec.include)}
+    kept, notes = _built_in(family, {n: m for n, m in layers.items() if n not in asked})
+    base = _without_patterns(spec)
+    specs = {spec.format_id: base}
+    decisions: list[Decision] = []
+    for slot in slots:
+        name = layer_name(slot.meta.name)
+        if not slot.linear:
+            decisions.append(_kept(slot.meta, "not a linear weight"))
+        elif name in hits and hits[name].target == KEEP:
+            decisions.append(_kept(slot.meta, _why_kept(hits[name])))
+        elif name in hits:
+            target = hits[name].target
+            chosen = specs.setdefault(target, QuantSpec.from_uri(target))
+            chosen_by = f"linear weight, rule '{hits[name].source}'"
+            decisions.append(_quantized(slot.meta, chosen, get_quantizer(chosen.format_id), chosen_by))
+        elif name in kept:
+            decisions.append(_kept(slot.meta, kept[name]))
+        else:
+            decisions.append(_quantized(slot.meta, base, quantizer, "linear weight"))
+    return QuantPlan(spec, tuple(decisions), family.name, tuple(notes))
 
 
-def _decide(slot: Slot, spec: QuantSpec, quantizer: Quantizer) -> Decision:
-    meta = slot.meta
-    keep = _reason_to_keep(slot, spec)
-    if keep:
-        return Decision(meta, Action.KEEP, keep, meta.nbytes)
+def _without_patterns(spec: QuantSpec) -> QuantSpec:
+    return QuantSpec(spec.format_id, options=spec.options) if spec.include or spec.exclude or spec.rules else spec
+
+
+def _built_in(family: Family, layers: Mapping[str, TensorMeta]) -> tuple[dict[str, str], list[str]]:
+    """Reasons of the layers that stay by the family's rules, and what to say of those that are too large to."""
+    found = {name: keep for name in layers if (keep := reason_to_keep(family, name)) is not None}
+    reasons: dict[str, str] = {}
+    notes: list[str] = []
+    for keep in dict.fromkeys(found.values()):
+        names = [name for name, k in found.items() if k is keep]
+        nbytes = sum(layers[name].nbytes for name in names)
+        if keep.unless_large and nbytes > LARGE_NBYTES:
+            names = [name for name in names if in_first_block(name)]
+            notes.append(
+                f"{keep.reason} layers take {nbytes / 2**30:.1f} GiB of this model, so they are quantized too, except "
+                "in the first blocks; a rule such as `... = keep` keeps them"
+            )
+        halves = [name for name in names if layers[name].dtype is torch.float16]
+        if keep.not_float16 and halves:
+            notes.append(
+                f"'{halves[0]}' is float16, as are {len(halves) - 1} more such layers: their products can overflow to "
+                "inf; load the model in bfloat16 or float32"
+            )
+        reasons |= dict.fromkeys(names, shown_reason(family, keep))
+    return reasons, notes
+
+
+def _kept(meta: TensorMeta, reason: str) -> Decision:
+    return Decision(meta, Action.KEEP, reason, meta.nbytes)
+
+
+def _why_kept(hit: Hit) -> str:
+    return "excluded" if hit.source.startswith("exclude=") else f"rule '{hit.source}'"
+
+
+def _quantized(meta: TensorMeta, spec: QuantSpec, quantizer: Quantizer, reason: str) -> Decision:
     refusal = quantizer.refuse(spec, meta)
     if refusal:
-        return Decision(meta, Action.REFUSE, f"{spec.format_id}: {refusal}", meta.nbytes)
-    return Decision(meta, Action.QUANTIZE, "linear weight", quantizer.predict_nbytes(spec, meta))
-
-
-def _reason_to_keep(slot: Slot, spec: QuantSpec) -> str | None:
-    if not slot.linear:
-        return "not a linear weight"
-    layer = _layer(slot.meta.name)
-    if _any(spec.exclude, layer):
-        return "excluded"
-    if _any(spec.include, layer):
-        return None
-    return sensitive_reason(layer)
+        return Decision(meta, Action.REFUSE, f"{spec.format_id}: {refusal}", meta.nbytes, spec)
+    return Decision(meta, Action.QUANTIZE, reason, quantizer.predict_nbytes(spec, meta), spec)
 
 
 def sensitive_reason(layer: str) -> str | None:
-    """Why a layer stays at full precision by default, or None."""
-    return next((f"sensitive: {reason}" for pattern, reason in SENSITIVE if re.search(pattern, layer)), None)
-
-
-def matches(pattern: str, layer: str) -> bool:
-    """Glob over the whole dotted layer name, or any dotted part of it when the pattern has no wildcard.
-
-    `.weight` at the end of a pattern is ignored, because messages and reports name tensors so.
-    """
-    pattern = _layer(pattern)
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(layer, pattern)
-    return f".{pattern}." in f".{layer}."
-
-
-def _any(patterns: Sequence[str], layer: str) -> bool:
-    return any(matches(p, layer) for p in patterns)
-
-
-def _layer(name: str) -> str:
-    return name.removesuffix(".weight")
+    """Why a layer stays at full precision by default in a model of unknown family, or None; by its name alone."""
+    keep = reason_to_keep(UNKNOWN, layer)
+    return None if keep is None else shown_reason(UNKNOWN, keep)
 
 
 def _fits(format_id: str, meta: TensorMeta) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 MIB = 1024 * 1024
+BLOCK_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Entry:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum w^2 / sum (w - w')^2).
         max_error: largest |w - w'|.
         signal, noise: the two sums, so that totals can be formed.
+        format_id: of a quantized tensor.
+        kernel: what multiplies with it where it was quantized, at 1,024 tokens, and why: `name: reason`.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Entry:
     max_error: float | None = None
     signal: float = 0.0
     noise: float = 0.0
+    format_id: str = ""
+    kernel: str = ""
 
 
 @dataclass
@@ -43,13 +49,15 @@ class QuantReport:
 
     Attributes:
         title: what the entries belong to: a component of a model, or a file.
-        format_id: the format.
+        format_id: the format, of all layers that no rule gives another.
         carrier: `quantwire` or `library`; empty for a file.
         uri: the spec as a URI.
         entries: one a tensor.
         warnings: everything that went otherwise than asked.
         seconds: wall time.
         versions: of the packages that took part.
+        family: of the model, as far as it is known.
+        notes: what was decided for the user, and why, and where the result came from.
     """
 
     title: str
@@ -60,6 +68,8 @@ class QuantReport:
     warnings: list[str] = field(default_factory=lambda: list[str]())
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    family: str = ""
+    notes: list[str] = field(default_factory=lambda: list[str]())
 
     @property
     def nbytes_in(self) -> int:
@@ -84,9 +94,14 @@ class QuantReport:
     def __str__(self) -> str:
         """A few lines for the node: totals, what was kept and why, warnings."""
         done = [e for e in self.entries if e.action == "quantize"]
-        kept = Counter(e.reason.removeprefix("sensitive: ") for e in self.entries if _kept_linear(e))
+        kept = Counter(_bare(e.reason, self.family) for e in self.entries if _kept_linear(e))
         carrier = f" ({self.carrier} carrier)" if self.carrier else ""
-        lines = [f"{self.title}: {len(done)} linear layers in {self.format_id}{carrier}"]
+        formats = Counter(e.format_id or self.format_id for e in done)
+        if len(formats) > 1:
+            what = "linear layers: " + ", ".join(f"{n} in {format_id}" for format_id, n in formats.most_common())
+        else:
+            what = f"linear layers in {next(iter(formats), self.format_id)}"
+        lines = [f"{self.title}: {len(done)} {what}{carrier}"]
         if self.nbytes_in:
             share = 100 * self.nbytes_out / self.nbytes_in
             size = f"{self.nbytes_in / MIB:.2f} -> {self.nbytes_out / MIB:.2f} MiB ({share:.1f} %)"
@@ -96,8 +111,17 @@ class QuantReport:
             worst, name = min(rated)
             lines.append(f"SQNR {self.sqnr_db:.1f} dB, worst {worst:.1f} dB in {name}")
         if kept:
-            lines.append("kept at full precision: " + ", ".join(f"{n} {reason}" for reason, n in kept.items()))
-        return "\n".join([*lines, *(f"WARNING: {w}" for w in self.warnings)])
+            by_family = f" ({self.family})" if self.family else ""
+            lines.append(
+                f"kept at full precision{by_family}: " + ", ".join(f"{n} {reason}" for reason, n in kept.items())
+            )
+        return "\n".join([*lines, *self.notes, *(f"WARNING: {w}" for w in self.warnings)])
+
+
+def _bare(reason: str, families: str) -> str:
+    """A reason without the name of the list that it comes from."""
+    source, colon, rest = reason.partition(": ")
+    return rest if colon and source in ("sensitive", *families.split(", ")) else reason
 
 
 def _kept_linear(entry: Entry) -> bool:
@@ -110,20 +134,26 @@ def merge(reports: list[QuantReport]) -> QuantReport:
         return reports[0]
     first = reports[0]
     merged = QuantReport(" + ".join(r.title for r in reports), first.format_id, first.carrier, first.uri)
+    merged.family = ", ".join(dict.fromkeys(r.family for r in reports if r.family))
     for r in reports:
         merged.entries += [replace(e, name=f"{r.title}.{e.name}") for e in r.entries]
         merged.warnings += [f"{r.title}: {w}" for w in r.warnings]
+        merged.notes += [f"{r.title}: {n}" for n in r.notes]
         merged.seconds += r.seconds
     return merged
 
 
 def measure(name: str, reason: str, w: Tensor, restored: Tensor, nbytes_out: int) -> Entry:
     """Compare a weight with its dequantized form (both (N, K)); sums in float32 per row, then float64."""
-    w32 = w.to(torch.float32)
-    error = w32 - restored.to(torch.float32)
-    signal = float(w32.square().sum(-1).double().sum())
-    noise = float(error.square().sum(-1).double().sum())
-    max_error = float(error.abs().max()) if error.numel() else 0.0
+    signal = noise = max_error = 0.0
+    # By blocks of rows: as a whole the differences would take several times the memory of the weight.
+    rows = max(1, BLOCK_NUMEL * w.shape[0] // max(1, w.numel()))
+    for at in range(0, w.shape[0], rows):
+        w32 = w[at : at + rows].to(torch.float32)
+        error = w32 - restored[at : at + rows].to(torch.float32)
+        signal += float(w32.square().sum(-1).double().sum())
+        noise += float(error.square().sum(-1).double().sum())
+        max_error = max(max_error, float(error.abs().max())) if error.numel() else max_error
     nbytes_in = w.numel() * w.element_size()
     return Entry(name, "quantize", reason, nbytes_in, nbytes_out, _ratio_db(signal, noise), max_error, signal, noise)
 
@@ -136,10 +166,14 @@ def _ratio_db(signal: float, noise: float) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions of this pack, torch and the quantization libraries that are installed."""
-    found: dict[str, str] = {}
-    for package in ("quantwire", "torch", "bitsandbytes", "optimum-quanto", "gguf", "diffusers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = ("quantwire", "torch", "bitsandbytes", "optimum-quanto", "gguf", "diffusers")
+    return {package: version for package in packages if (version := version_of(package))}
+
+
+@functools.cache
+def version_of(package: str) -> str:
+    """The installed version, or an empty string; looked up once, because it takes milliseconds."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -70,7 +70,7 @@ def _load(path: Path, disable_dynamic: bool = False) -> tuple[Any, list[Entry]]:
         )
     patcher.cached_patcher_init = (load_patcher, (str(path),))
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, "quantwire", attach_exact_patches)
-    _check_loaded(patcher.model, path)
+    check_loaded(patcher.model, path)
     return patcher, entries
 
 
@@ -85,7 +85,12 @@ def _entry(name: str, value: Any) -> Entry:
     return Entry(name, "keep", reason, value.nbytes, value.nbytes)
 
 
-def _check_loaded(model: nn.Module, path: Path) -> None:
+def check_loaded(model: nn.Module, path: Path) -> None:
+    """Every layer has got a weight.
+
+    Raises:
+        FileError: names the first that has not.
+    """
     missing = next((n for n, m in model.named_modules() if "weight" in vars(m) and m.weight is None), None)
     if missing is not None:
         raise FileError(f"{path.name}: nothing for layer '{missing}'.")

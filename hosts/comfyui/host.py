@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import LoraMode, make_layer
+from ...quantizers.apply import LoraMode, OnFailure, make_layer
+from ...quantizers.auto import DeviceFacts
 from ...quantizers.compat.modes import Carrier, OffloadMode
 from ...quantizers.errors import FileError, SpecError, near
+from ...quantizers.memory import describe
 from ...quantizers.report import QuantReport
+from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 from . import patchers
 from .linear import make_linear
@@ -75,6 +78,9 @@ class ComfyHost:
     ) -> nn.Module:
         return make_linear(weight, bias, lora) if carrier is Carrier.QUANTWIRE else make_layer(weight, bias, carrier)
 
+    def prepare_lora(self, model: Any, carrier: Carrier, lora: LoraMode) -> Any:
+        return model  # patches are merged when the model is loaded, by the layers made with LoraMode.REQUANTIZE
+
     def compute_device(self, model: Any) -> torch.device | None:
         return _patcher(model).load_device
 
@@ -82,6 +88,22 @@ class ComfyHost:
         from .gguf import load_gguf
 
         return load_gguf(path, carrier)
+
+    def load_and_quantize(
+        self, path: Path, spec: QuantSpec, carrier: Carrier, on_failure: OnFailure, cached: bool
+    ) -> tuple[Any, QuantReport]:
+        from .load import load_and_quantize
+
+        return load_and_quantize(path, spec, carrier, on_failure, cached, self.progress)
+
+    def memory(self, model: Any) -> DeviceFacts:
+        import comfy.model_management as mm
+
+        device = _patcher(model).load_device
+        # What other models take counts as free: the host unloads them when this one is loaded.
+        others = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == device)
+        total = mm.get_total_memory(device)
+        return describe(device, min(mm.get_free_memory(device) + others, total), total)
 
     def offload_mode(self, model: Any) -> OffloadMode:
         from .memory import memory_state

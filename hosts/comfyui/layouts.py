@@ -17,8 +17,8 @@ from torch import Tensor
 from ...quantizers.backends.comfy import FORMATS, Comfy
 from ...quantizers.errors import SpecError
 from ...quantizers.formats import BACKENDS
+from ...quantizers.provenance import remember, spec_of
 from ...quantizers.registry import get_entry, require
-from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 
 BACKEND_TENSORS = {backend.name: backend.tensors for backend in BACKENDS}
@@ -81,9 +81,8 @@ class _LayoutMethods:
         `scale` and `stochastic_rounding`, which the host passes to every layout, have no meaning here: the libraries
         choose scales and round to nearest.
         """
-        options = dict(meta)
-        spec = QuantSpec(format_id, options=tuple((k, v) for k, v in options.pop("options", ())))
-        weight = require(format_id).quantize(tensor, spec)
+        spec = spec_of(format_id, dict(meta))
+        weight = remember(require(format_id).quantize(tensor, spec), spec)
         return weight.tensors["qdata"], params_of(cls.Params, weight)
 
     @classmethod
@@ -118,7 +117,7 @@ def params_of(params_class: Any, weight: QuantizedWeight) -> Any:
         orig_dtype=weight.orig_dtype,
         orig_shape=tuple(weight.orig_shape),
         format_id=weight.format_id,
-        meta=tuple(sorted(weight.meta.items())),
+        meta=tuple(sorted((name, _frozen(value)) for name, value in weight.meta.items())),
         **extra,
     )
 
@@ -130,7 +129,16 @@ def weight_of(qdata: Tensor, params: Any) -> QuantizedWeight:
         value = getattr(params, name)
         if name != "scale" or value.numel():
             tensors[name] = value
-    return QuantizedWeight(params.format_id, tensors, params.orig_shape, params.orig_dtype, dict(params.meta))
+    meta = {name: _thawed(value) for name, value in params.meta}
+    return QuantizedWeight(params.format_id, tensors, params.orig_shape, params.orig_dtype, meta)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(map(_thawed, value)) if isinstance(value, tuple) else value
 
 
 def algorithm_of(weight: QuantizedWeight) -> str:

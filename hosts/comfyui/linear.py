@@ -47,7 +47,7 @@ def operations(compute_dtype: torch.dtype) -> Any:
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
             tensor = state_dict.get(f"{prefix}weight")
-            weight = from_quantized_tensor(tensor)
+            weight = getattr(tensor, "quantwire_weight", None) or from_quantized_tensor(tensor)
             if weight is None:
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 return

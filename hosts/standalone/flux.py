@@ -161,11 +161,12 @@ def _rows(t: Tensor, row: Row) -> Tensor:
 
 def comfy_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """Names without the all-in-one prefix, and with ComfyUI's `.weight` for the older `.scale` of the norms."""
-    out: dict[str, Value] = {}
-    for name, value in tensors.items():
-        name = name.removeprefix("model.diffusion_model.")
-        out[re.sub(r"(query_norm|key_norm)\.scale$", r"\1.weight", name)] = value
-    return out
+    return {comfy_name(name): value for name, value in tensors.items()}
+
+
+def comfy_name(name: str) -> str:
+    name = name.removeprefix("model.diffusion_model.")
+    return re.sub(r"(query_norm|key_norm)\.scale$", r"\1.weight", name)
 
 
 def build(config: FluxConfig) -> nn.Module:

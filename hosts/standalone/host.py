@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import LoraMode, make_layer
+from ...quantizers.apply import LoraMode, OnFailure, make_layer
+from ...quantizers.auto import DeviceFacts
 from ...quantizers.compat.modes import Carrier, OffloadMode
 from ...quantizers.errors import FileError, SpecError, near
+from ...quantizers.memory import device_facts
 from ...quantizers.report import QuantReport
+from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 from ..modules import with_layers
 
@@ -78,19 +81,45 @@ class StandaloneHost:
 
         return load_gguf(path, carrier, self.make_layer, self.progress)
 
+    def load_and_quantize(
+        self, path: Path, spec: QuantSpec, carrier: Carrier, on_failure: OnFailure, cached: bool
+    ) -> tuple[Any, QuantReport]:
+        from .load import load_and_quantize
+
+        return load_and_quantize(path, spec, carrier, on_failure, cached, self.make_layer, self.progress)
+
     def make_layer(
         self, weight: QuantizedWeight, bias: Tensor | None, carrier: Carrier, lora: LoraMode = LoraMode.EXACT
     ) -> nn.Module:
-        if lora is not LoraMode.EXACT:
-            raise SpecError("The embedded host always adds LoRAs exactly.\nSet lora to exact, or run in ComfyUI.")
+        if lora is LoraMode.REQUANTIZE:
+            from .lora import mergeable
+
+            return mergeable(make_layer(weight, bias, carrier))
         if carrier is Carrier.LIBRARY and weight.format_id.startswith("gguf-"):
             from .native_gguf import make_gguf_linear  # gguf itself has no layer; diffusers has
 
             return make_gguf_linear(weight, bias)
         return make_layer(weight, bias, carrier)
 
+    def prepare_lora(self, model: Any, carrier: Carrier, lora: LoraMode) -> Any:
+        from .lora import merge_loras
+        from .models import DiffusionModel
+
+        if lora is LoraMode.EXACT:
+            return model
+        if carrier is Carrier.LIBRARY:
+            raise SpecError(
+                "lora is requantize, but a library's own layer cannot be quantized again once it is made.\n"
+                "Set lora to exact, which adds LoRAs beside the layer, or use carrier quantwire."
+            )
+        return merge_loras(model) if isinstance(model, DiffusionModel) else model
+
     def compute_device(self, model: Any) -> torch.device | None:
         return None
+
+    def memory(self, model: Any) -> DeviceFacts:
+        parameters = (p for module in self.components(model).values() for p in module.parameters())
+        return device_facts(next(parameters).device)
 
     def offload_mode(self, model: Any) -> OffloadMode:
         return OffloadMode.NONE

@@ -66,8 +66,8 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Diffus
     checkpoint = read_checkpoint(path)
     if any(isinstance(v, QuantizedWeight) for v in checkpoint.tensors.values()):
         raise FileError(f"{path.name}: holds GGUF-quantized weights.\nLoad it with the LoadGGUF node.")
-    tensors = _flux_tensors(checkpoint)
-    dtype = dtype or _dtype_of(tensors, path)
+    tensors = flux_tensors(checkpoint.tensors, checkpoint.path)
+    dtype = dtype or dtype_of(tensors, path)
     transformer, _ = _assemble(tensors, checkpoint, dtype, Carrier.QUANTWIRE)
     return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, dtype)
 
@@ -102,7 +102,7 @@ def load_gguf(
     checkpoint = read_checkpoint(path)
     if "general.architecture" not in checkpoint.metadata:
         raise FileError(f"{path.name}: not a GGUF file.\nLoad it with the UNETLoader node.")
-    tensors = _flux_tensors(checkpoint)
+    tensors = flux_tensors(checkpoint.tensors, checkpoint.path)
     transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, maker, progress)
     types = sorted({v.format_id for v in tensors.values() if isinstance(v, QuantizedWeight)})
     report = QuantReport(path.name, ", ".join(types) or "plain tensors only", carrier.value, entries=entries)
@@ -110,18 +110,28 @@ def load_gguf(
     return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, torch.bfloat16), report
 
 
-def _flux_tensors(checkpoint: Checkpoint) -> dict[str, flux.Value]:
-    tensors = flux.comfy_names(checkpoint.tensors)
+def flux_tensors(values: Mapping[str, flux.Value], path: Path) -> dict[str, flux.Value]:
+    """The tensors under the names of ComfyUI's FLUX layout.
+
+    Raises:
+        FileError: a model of another family or layout.
+    """
+    tensors = flux.comfy_names(values)
     if not flux.is_flux(tensors):
         seen = ", ".join(list(tensors)[:3]) or "no tensors"
         raise FileError(
-            f"{checkpoint.path.name}: not a FLUX transformer in ComfyUI's key layout (it has {seen}, ...).\n"
+            f"{path.name}: not a FLUX transformer in ComfyUI's key layout (it has {seen}, ...).\n"
             "The embedded host runs FLUX-layout models; run other families in ComfyUI."
         )
     return tensors
 
 
-def _dtype_of(tensors: Mapping[str, flux.Value], path: Path) -> torch.dtype:
+def dtype_of(tensors: Mapping[str, flux.Value], path: Path) -> torch.dtype:
+    """In which a full-precision file's model computes.
+
+    Raises:
+        FileError: its weights are of another type.
+    """
     dtype = next(v.dtype for n, v in tensors.items() if n == "double_blocks.0.img_attn.qkv.weight")  # type: ignore[union-attr]
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise FileError(f"{path.name}: its weights are {dtype}; the embedded host opens float32, float16 and bfloat16.")
@@ -158,21 +168,46 @@ def _assemble(
             quantized[row.target.removesuffix(".weight")] = value
         else:
             state[row.target] = value.to(dtype)
-    _check_complete(model, state, quantized, file, set(tensors) - used)
-    model.load_state_dict(state, strict=False, assign=True)
+    check_complete(model, state, quantized, file, set(tensors) - used)
+    fill(model, state, quantized, carrier, maker, progress)
+    return model, entries_of(state, quantized)
+
+
+def fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    quantized: Mapping[str, QuantizedWeight],
+    carrier: Carrier,
+    maker: LayerMaker = make_layer,
+    progress: Any = None,
+) -> None:
+    """Put the tensors into a model on the meta device, without copying them.
+
+    Args:
+        state: parameter name -> value.
+        quantized: name of a linear layer -> weight.
+    """
+    model.load_state_dict(dict(state), strict=False, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    entries = [
+    for name, weight in _iterate(quantized, progress):
+        _install(model, name, maker(weight, state.get(f"{name}.bias"), carrier))
+
+
+def entries_of(state: Mapping[str, Tensor], quantized: Mapping[str, QuantizedWeight]) -> list[Entry]:
+    """The report of a model that was quantized in its file."""
+    kept = [
         Entry(n, "keep", sensitive_reason(n.removesuffix(".weight")) or "plain in the file", v.nbytes, v.nbytes)
         for n, v in state.items()
     ]
-    for name, weight in _iterate(quantized, progress):
-        _install(model, name, maker(weight, state.get(f"{name}.bias"), carrier))
-        entries.append(Entry(f"{name}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes))
-    return model, entries
+    done = [
+        Entry(f"{n}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes)
+        for n, weight in quantized.items()
+    ]
+    return kept + done
 
 
-def _iterate(quantized: dict[str, QuantizedWeight], progress: Any) -> Iterable[tuple[str, QuantizedWeight]]:
+def _iterate(quantized: Mapping[str, QuantizedWeight], progress: Any) -> Iterable[tuple[str, QuantizedWeight]]:
     return progress(list(quantized.items()), len(quantized)) if progress else quantized.items()
 
 
@@ -181,9 +216,14 @@ def _install(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _check_complete(
+def check_complete(
     model: nn.Module, state: Mapping[str, Tensor], quantized: Mapping[str, Any], file: str, unused: set[str]
 ) -> None:
+    """Every parameter has a value of its shape, and every tensor of the file a place.
+
+    Raises:
+        FileError: names the first that has not.
+    """
     for name, parameter in model.named_parameters():
         layer = name.removesuffix(".weight")
         if layer in quantized:

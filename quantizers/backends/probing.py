@@ -50,6 +50,22 @@ def probe_package(
     return Availability(True, version=version)
 
 
+def probe_torch_only(quantizer: Quantizer, others: str) -> Availability:
+    """Probe a format that needs no package beside torch.
+
+    Args:
+        others: what to do where it does not run: "Choose ...".
+    """
+    try:
+        fault = _fault(quantizer, None)
+    except Exception as err:  # a device or a torch build without the dtype; the reason is kept for the user
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        fault = f"does not run here: {reason}"
+    if fault:
+        return Availability(False, f"torch {torch.__version__} {fault}", others, str(torch.__version__))
+    return Availability(True, version=str(torch.__version__))
+
+
 def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -> str | None:
     """Quantize, dequantize, multiply: what is wrong with the numbers, or None."""
     from ..spec import QuantSpec

@@ -30,6 +30,7 @@ class Row:
             (quantize() without freeze()) and `comfyui-gguf-*` (ComfyUI-GGUF's own tensor class).
         when: "split" is for a component of which some layers are kept in host memory or on disk while it runs; it
             takes precedence over "always".
+        verdict: "warn" where it runs from host memory and stops when a part is kept on disk.
         cause: one sentence without its full stop, fit to stand after "cannot run with ... offload: ".
         remedies: what to do instead, best first. A carrier, mode or format is named as `carrier quantwire`,
             `mode model`, `format bnb-int8`, and is itself ok in this table (a test reads them).
@@ -62,6 +63,10 @@ BASE = "torch 2.13.0 on CPU, accelerate 1.15.0"
 BNB = f"bitsandbytes 0.50.2, {BASE}"
 QUANTO = f"optimum-quanto 0.2.7, {BASE}"
 GGUF = f"diffusers 0.42.1, gguf 0.19.0, {BASE}"
+SDNQ = f"sdnq 0.2.8, {BASE}"
+TORCHAO = f"torchao 0.18.0, {BASE}"
+NNCF = f"nncf 3.4.0, {BASE}"
+LAYERWISE = f"diffusers 0.42.1, {BASE}"
 
 BNB_4BIT = ("bnb-nf4", "bnb-fp4")
 BNB_8BIT = ("bnb-int8",)
@@ -70,6 +75,10 @@ QUANTO_4BIT = ("quanto-qint4",)
 QUANTO_2BIT = ("quanto-qint2",)
 QUANTO_UNFROZEN = ("quanto-unfrozen",)
 GGUF_ANY = ("gguf-*",)
+SDNQ_ANY = ("sdnq-*",)
+TORCHAO_ANY = ("torchao-int8*", "torchao-int4*", "torchao-float8*")
+NNCF_ANY = ("nncf-*",)
+LAYERWISE_ANY = ("layerwise-*",)
 ANY = ("*",)
 
 USE_QUANTWIRE = "Use carrier quantwire: it holds the weights in plain tensors, which every kind of offload can move."
@@ -82,6 +91,9 @@ COMFYUI = "ComfyUI 0.33.0"
 REAL_HOST = "tests/comfyui/test_matrix.py, run by `make test-comfyui`"
 STREAMED = "the host streams the plain tensors of each layer; measured on a CPU by forcing the offloaded path"
 GATHERED = "the host gathers the plain tensors of each layer; read in its source, not run, because it needs CUDA"
+NOT_ITS_OWN = (
+    "the host streams layers of its own classes only; others that do not fit stay in host memory, away from their input"
+)
 SUBCLASS = "the host moves and casts each weight as a plain tensor, which drops what the library keeps beside its data"
 BNB_CAUSE = (
     "sending a weight off the device also moves the quantization state that its stored copy shares, which loses it"
@@ -89,11 +101,23 @@ BNB_CAUSE = (
 _REBUILT = "accelerate rebuilds each weight from its class and data alone, which drops a "
 QUANTO_CAUSE = _REBUILT + "quanto tensor's scale, axis and size"
 GGUF_CAUSE = _REBUILT + "GGUF parameter's quant type"
+NNCF_CAUSE = (
+    "NNCF decompresses a weight in every operation that touches it, also in accelerate's, while it holds no data yet"
+)
+TORCHAO_DISK = (
+    "it runs from host memory, and stops as soon as a part is kept on disk, which torchao's tensors do not allow"
+)
 
 META_ERROR = "NotImplementedError: Cannot copy out of meta tensor; no data!"
 QBYTES_ERROR = "TypeError: WeightQBytesTensor.__new__() missing 6 required positional arguments"
 QBITS_ERROR = "TypeError: WeightQBitsTensor.__new__() missing 7 required positional arguments"
 GGUF_ERROR = "KeyError: None"
+# The formats of each of torchao's tensor classes.
+TORCHAO_TENSORS = {
+    "Int8Tensor": ("torchao-int8*",),
+    "Int4OpaqueTensor": ("torchao-int4*",),
+    "Float8Tensor": ("torchao-float8*",),
+}
 
 INT8_GPU = "Needs an accelerate whose hooks keep int8 statistics (`SCB`), as 1.15 does. Documented on a GPU in "
 INT8_SPLIT = (
@@ -139,6 +163,30 @@ def _block(
     level, source = VerdictLevel.BLOCK, f"{TESTS}::{test}"
     return Row(
         Carrier.LIBRARY, formats, mode, when, level, cause, WAYS_OUT, "probed", source, raw_error, versions, note
+    )
+
+
+def _warn_disk(mode: OffloadMode, test: str, *, when: When = "always") -> tuple[Row, ...]:
+    """One for each of torchao's tensor classes, which their errors name."""
+    level, source = VerdictLevel.WARN, f"{TESTS}::{test}"
+    return tuple(
+        Row(_LIB, f, mode, when, level, TORCHAO_DISK, WAYS_OUT, "probed", source, _undispatched(tensor), TORCHAO)
+        for tensor, f in TORCHAO_TENSORS.items()
+    )
+
+
+def _undispatched(tensor: str) -> str:
+    return f"NotImplementedError: {tensor} dispatch: attempting to run unimplemented operator"
+
+
+def _every_mode(formats: tuple[str, ...], versions: str) -> tuple[Row, ...]:
+    """Library layers on plain parameters, which run in every mode of accelerate."""
+    return (
+        _ok(_LIB, formats, _NONE, "test_none", versions),
+        _ok(_LIB, formats, _MODEL, "test_model", versions, note="On one device."),
+        _ok(_LIB, formats, _SEQ, "test_sequential", versions),
+        _ok(_LIB, formats, _BAL, "test_balanced_on_one_device", versions),
+        _ok(_LIB, formats, _BAL, "test_balanced_split", versions, when="split"),
     )
 
 
@@ -237,6 +285,18 @@ ROWS: tuple[Row, ...] = (
     _ok(_LIB, GGUF_ANY, _MODEL, "test_model", GGUF, note=WHOLE_MOVES + "huggingface/diffusers#14698."),
     _block(GGUF_ANY, _SEQ, "test_sequential", GGUF, GGUF_CAUSE, GGUF_ERROR, note="huggingface/diffusers#14691."),
     _block(GGUF_ANY, _BAL, "test_balanced_moved", GGUF, GGUF_CAUSE, GGUF_ERROR, note=PLACED),
+    *_every_mode(SDNQ_ANY, SDNQ),
+    *_every_mode(LAYERWISE_ANY, LAYERWISE),
+    _ok(_LIB, TORCHAO_ANY, _NONE, "test_none", TORCHAO),
+    _ok(_LIB, TORCHAO_ANY, _MODEL, "test_model", TORCHAO, note="On one device."),
+    *_warn_disk(_SEQ, "test_sequential"),
+    _ok(_LIB, TORCHAO_ANY, _BAL, "test_balanced_on_one_device", TORCHAO),
+    *_warn_disk(_BAL, "test_balanced_split", when="split"),
+    _ok(_LIB, NNCF_ANY, _NONE, "test_none", NNCF),
+    _ok(_LIB, NNCF_ANY, _MODEL, "test_model", NNCF, note="On one device."),
+    _block(NNCF_ANY, _SEQ, "test_sequential", NNCF, NNCF_CAUSE, META_ERROR),
+    _ok(_LIB, NNCF_ANY, _BAL, "test_balanced_on_one_device", NNCF),
+    _block(NNCF_ANY, _BAL, "test_balanced_split", NNCF, NNCF_CAUSE, META_ERROR, when="split"),
     _documented(("comfyui-gguf-*",), _NONE, "city96/ComfyUI-GGUF:ops.py", "ComfyUI-GGUF at 03842fa"),
     _ok(_OURS, ANY, _NONE, "test_none", BASE),
     _ok(_OURS, ANY, _MODEL, "test_model", BASE, note="On one device."),
@@ -252,6 +312,11 @@ ROWS: tuple[Row, ...] = (
     ),
     *(
         _in_comfyui(_LIB, QUANTO_8BIT + QUANTO_4BIT + QUANTO_2BIT, m, SUBCLASS, "Comfy-Org/ComfyUI#6611", blocked=True)
+        for m in (_PARTIAL, _NOVRAM)
+    ),
+    *(
+        _in_comfyui(_LIB, f, m, NOT_ITS_OWN, "ComfyUI:comfy/model_patcher.py, ModelPatcher.load", blocked=True)
+        for f in (SDNQ_ANY, TORCHAO_ANY, NNCF_ANY, LAYERWISE_ANY)
         for m in (_PARTIAL, _NOVRAM)
     ),
     _in_comfyui(_LIB, ("comfyui-gguf-*",), _DYNAMIC, SUBCLASS, "Comfy-Org/ComfyUI#13953", blocked=True),

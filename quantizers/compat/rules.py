@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _QUANTO = ("optimum.quanto.", "quanto.")
+# NNCF keeps the decompressor of the parameter `x.y.weight` under this name, with the parameter's as `x:y:weight__0`.
+_NNCF_HOOKS = "__nncf_hooks.post_hooks."
 # ComfyUI-GGUF wraps full-precision tensors in the same class.
 _GGML_PLAIN = ("gguf-f32", "gguf-f16", "gguf-none")
 
@@ -104,7 +106,7 @@ def find_carriers(module: nn.Module) -> list[Found]:
     for name, layer in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
         # A layer counts once for each kind that it holds, however many of its parameters are of that kind.
         for kind in dict.fromkeys(_identify(layer)):
-            groups.setdefault(kind, []).append(name)
+            groups.setdefault(kind, []).append(_owner(name))
     return [
         Found(names[0], carrier, format_id, len(names), kind, frozen)
         for (carrier, format_id, kind, frozen), names in groups.items()
@@ -154,6 +156,12 @@ def _explain(verdict: Verdict, component: str) -> str:
 _Kind = tuple[Carrier, str, str, bool]
 
 
+def _owner(name: str) -> str:
+    """The layer that a found module belongs to; itself but for NNCF's decompressors."""
+    before, hooks, after = name.partition(_NNCF_HOOKS)
+    return before + after.rpartition("__")[0].replace(":", ".").removesuffix(".weight") if hooks else name
+
+
 def _identify(layer: nn.Module) -> Iterator[_Kind]:
     """(carrier, format id, class that holds the weight, frozen) for each quantized weight that the layer itself owns.
 
@@ -174,6 +182,13 @@ def _identify(layer: nn.Module) -> Iterator[_Kind]:
         qtype = getattr(layer, "weight_qtype", None)
         if qtype is not None:
             yield Carrier.LIBRARY, _quanto_id(qtype), type(layer).__name__, False
+    elif "SDNQLayer" in classes and _from(classes["SDNQLayer"], ("sdnq.",)):
+        dtype = getattr(getattr(layer, "sdnq_dequantizer", None), "weights_dtype", "unknown")
+        yield Carrier.LIBRARY, f"sdnq-{dtype}".replace("_", "-"), type(layer).__name__, True
+    elif "BaseWeightsDecompressor" in classes and _from(classes["BaseWeightsDecompressor"], ("nncf.",)):
+        yield Carrier.LIBRARY, _nncf_id(type(layer).__name__), type(layer).__name__, True
+    elif (storage := _cast_storage(layer)) is not None:
+        yield Carrier.LIBRARY, f"layerwise-fp8-{storage}", "LayerwiseCastingHook", True
 
 
 def _identify_parameter(parameter: object) -> _Kind | None:
@@ -185,6 +200,8 @@ def _identify_parameter(parameter: object) -> _Kind | None:
         return Carrier.LIBRARY, "bnb-int8", kind, True
     if "QTensor" in classes and _from(classes["QTensor"], _QUANTO):
         return Carrier.LIBRARY, _quanto_id(getattr(parameter, "qtype", None)), kind, True
+    if "TorchAOBaseTensor" in classes and _from(classes["TorchAOBaseTensor"], ("torchao.",)):
+        return Carrier.LIBRARY, _torchao_id(parameter), kind, True
     if "QuantizedTensor" in classes and _from(classes["QuantizedTensor"], ("comfy_kitchen.",)):
         params = getattr(parameter, "_params", None)
         ours = getattr(params, "format_id", None)
@@ -217,3 +234,34 @@ def _quanto_id(qtype: object) -> str:
 def _gguf_id(quant_type: object) -> str:
     """`gguf-q4-k` for `GGMLQuantizationType.Q4_K`; a bare number keeps its number."""
     return f"gguf-{getattr(quant_type, 'name', quant_type)}".lower().replace("_", "-")
+
+
+def _torchao_id(tensor: object) -> str:
+    """`torchao-int8wo` for an Int8Tensor, `torchao-int8dyn` when it quantizes activations too; else by its class.
+
+    Int4 has a class for each packing (Int4OpaqueTensor on CPUs); they hold the same values.
+    """
+    kind = type(tensor).__name__.removesuffix("Tensor").lower()
+    kind = "int4" if kind.startswith("int4") else kind
+    if kind not in ("int8", "int4", "float8"):
+        return f"torchao-{kind}"
+    return f"torchao-{kind}{'wo' if getattr(tensor, 'act_quant_kwargs', None) is None else 'dyn'}"
+
+
+def _nncf_id(name: str) -> str:
+    """`nncf-int8-asym` for `INT8AsymmetricWeightsDecompressor`; others by their class."""
+    short = name.removesuffix("WeightsDecompressor").lower()
+    for end, word in (("asymmetric", "-asym"), ("symmetric", "-sym")):
+        if short.endswith(end):
+            return f"nncf-{short.removesuffix(end)}{word}"
+    return f"nncf-{short}"
+
+
+def _cast_storage(layer: nn.Module) -> str | None:
+    """`e4m3fn` or `e5m2` where diffusers' layerwise casting keeps the weight in that; None elsewhere."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    if "layerwise_casting" not in getattr(registry, "hooks", ()):
+        return None
+    weight: object = dict(layer.named_parameters(recurse=False)).get("weight")
+    name = str(getattr(weight, "dtype", ""))
+    return name.removeprefix("torch.float8_") if name.startswith("torch.float8_") else None

@@ -62,6 +62,9 @@ def write_gguf(
     ]
     plan = make_plan(slots, spec, quantizer)
     plan.raise_on_refusal(_gguf_ids())
+    strange = [format_id for format_id in plan.format_ids if format_id not in _gguf_ids()]
+    if strange:
+        raise SpecError(f"A GGUF file cannot hold {strange[0]}.\nRules may name {', '.join(_gguf_ids())} and keep.")
     report = QuantReport(path.name, spec.format_id, carrier="", uri=spec.to_uri())
     replace_file(path, lambda temporary: _write(temporary, arch, plan, source, report, progress))
     report.seconds = time.perf_counter() - start
@@ -125,7 +128,7 @@ def _stored(decision: Decision, spec: QuantSpec) -> tuple[str, int]:
     """(ggml type name, bytes) of a tensor in the file."""
     meta = decision.meta
     if decision.action is Action.QUANTIZE:
-        return spec.format_id.removeprefix("gguf-").upper().replace("-", "_"), decision.nbytes_out
+        return (decision.spec or spec).format_id.removeprefix("gguf-").upper().replace("-", "_"), decision.nbytes_out
     return ("BF16", 2 * meta.numel) if len(meta.shape) == 2 else ("F32", 4 * meta.numel)
 
 
@@ -133,7 +136,7 @@ def _bytes_of(decision: Decision, tensor: Tensor, spec: QuantSpec) -> tuple[Tens
     """The file's bytes of one tensor as uint8, and its line in the report."""
     name = decision.meta.name
     if decision.action is Action.QUANTIZE:
-        weight, entry = quantize_tensor(name, tensor, spec)
+        weight, entry = quantize_tensor(name, tensor, decision.spec or spec)
         return weight.tensors["qdata"].cpu(), entry
     check_finite(name, tensor)
     dtype = torch.bfloat16 if tensor.ndim == 2 else torch.float32

@@ -5,12 +5,15 @@ from __future__ import annotations
 from .declare import FLOAT_DTYPES, Argument, Backend, FormatEntry
 
 _FOUR_BIT = ("bnb-nf4", "bnb-fp4")
+_BLOCK_SIZES = ("32", "64", "128", "256", "512", "1024", "2048", "4096")
+_STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
 BACKEND = Backend(
     name="bnb",
     package="bitsandbytes",
     licence="MIT",
-    about="LLM.int8 multiplies in 8 bits with outlier columns in 16; nf4 and fp4 are 4-bit codebooks in blocks.",
+    about="LLM.int8 multiplies in 8 bits with outlier columns in 16; nf4 and fp4 are 4-bit codebooks in blocks. "
+    "Modules to skip are named by `exclude`.",
     entries=(
         FormatEntry("bnb-int8", "bnb", "make", 8, "LLM.int8, one scale a row, W8A8 with outlier columns"),
         FormatEntry("bnb-nf4", "bnb", "make", 4, "NormalFloat4, blocks of 64"),
@@ -22,6 +25,12 @@ BACKEND = Backend(
         "bits4-compute-dtype": Argument(None, FLOAT_DTYPES, applies=_FOUR_BIT, effect="dtype of the product."),
         "bits4-use-double-quant": Argument(
             False, (), "bool", applies=_FOUR_BIT, effect="Quantize the block maxima too: 0.37 bits a weight less."
+        ),
+        "bits4-block-size": Argument(
+            64, _BLOCK_SIZES, "int", applies=_FOUR_BIT, effect="Values that share a maximum; 32 bits each block."
+        ),
+        "bits4-quant-storage": Argument(
+            "uint8", _STORAGE, applies=_FOUR_BIT, effect="dtype as which the packed bytes are held; same bytes."
         ),
         "int8-threshold": Argument(
             6.0,

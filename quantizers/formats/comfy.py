@@ -21,7 +21,20 @@ BACKEND = Backend(
         FormatEntry("comfy-w4a4-convrot", "comfy", "make", 4, "ComfyUI native int4 weights and activations, rotated"),
         FormatEntry("comfy-w4a8", "comfy", "make", 4.5, "ComfyUI native 4-bit codebook weights, int8 activations"),
     ),
-    arguments={"type": Argument("int8", _TYPES, effect="ComfyUI's native format.")},
+    arguments={
+        "type": Argument("int8", _TYPES, effect="ComfyUI's native format."),
+        "scale": Argument(
+            "row", ("row", "tensor"), applies=("comfy-int8",), effect="What shares a scale: a row, or the whole tensor."
+        ),
+        "convrot-group-size": Argument(
+            256,
+            ("16", "64", "256"),
+            "int",
+            applies=("comfy-int8-convrot", "comfy-w4a4-convrot", "comfy-w4a8"),
+            effect="Columns that a rotation mixes; K must be a multiple. Outliers spread over more of them with more.",
+        ),
+    },
     selectors=("type",),
     chosen={f"comfy-{t}": {"type": t} for t in _TYPES},
+    tensors=("scale", "block_scale", "s_channel", "codebook"),
 )

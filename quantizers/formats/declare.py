@@ -23,6 +23,7 @@ class Argument:
         low, high: inclusive bounds of a number; both or none.
         applies: format ids that use it; empty means all of the backend.
         effect: one sentence for help pages.
+        why: why other words are refused, as a sentence for that error; empty where the list of choices says enough.
     """
 
     default: Any
@@ -32,6 +33,7 @@ class Argument:
     high: float | None = None
     applies: tuple[str, ...] = ()
     effect: str = ""
+    why: str = ""
 
     def parse(self, backend: str, name: str, text: str) -> Any:
         """Turn the text of a URI into a value.
@@ -58,7 +60,8 @@ class Argument:
             return number
         if text not in self.choices:
             valid = ", ".join(self.choices)
-            raise SpecError(f"{where} must be one of {valid}, got '{text}'.{near(text, self.choices)}")
+            why = f"\n{self.why}" if self.why else ""
+            raise SpecError(f"{where} must be one of {valid}, got '{text}'.{near(text, self.choices)}{why}")
         return text
 
 

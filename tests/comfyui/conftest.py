@@ -97,7 +97,11 @@ class Comfy:
 
     def latent(self, graph: Graph, node_id: str = "save") -> torch.Tensor:
         """The latent that a SaveLatent node of the graph wrote."""
-        (entry,) = self.run(graph)[node_id]["latents"]
+        return self.read_latent(self.run(graph)[node_id])
+
+    def read_latent(self, output: dict[str, Any]) -> torch.Tensor:
+        """The latent of a SaveLatent node's output."""
+        (entry,) = output["latents"]
         return load_file(self.base / "output" / entry["subfolder"] / entry["filename"])["latent_tensor"].float()
 
     def tail(self) -> str:
@@ -127,7 +131,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     command = [python, "main.py", "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
     command += ["--port", str(port), "--base-directory", str(base)]
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, cwd=tree, stdout=file, stderr=subprocess.STDOUT)
+        environment = {**os.environ, "QUANTWIRE_CACHE": str(base / "cache")}
+        process = subprocess.Popen(command, cwd=tree, stdout=file, stderr=subprocess.STDOUT, env=environment)
     server = Comfy(f"http://127.0.0.1:{port}", base, log, process)
     try:
         end = time.monotonic() + BOOT_S

@@ -76,3 +76,32 @@ def chain(
         nodes["force"] = node("ProbeLoad", model=[last, 0], mode=mode)
         last = "force"
     return (last, 0), nodes
+
+
+MODES = ("default", "partial", "novram")
+
+
+def every_call(source: str, format_id: str) -> tuple[Graph, dict[tuple[bool, str], str]]:
+    """One graph that quantizes once and calls the model without and with the LoRA in every load mode.
+
+    Returns:
+        The graph, and the id of the node that saves the latent of (LoRA, mode).
+    """
+    (last, _), nodes = chain(source, format_id, False, "default")
+    lora = node("LoraLoaderModelOnly", model=[last, 0], lora_name="lora.safetensors", strength_model=1.0)
+    graph = sampled((last, 0), {**nodes, "lora": lora})
+    sampler = graph.pop("sampler")
+    del graph["save"]
+    saves: dict[tuple[bool, str], str] = {}
+    before: dict[str, Any] = {}
+    for with_lora in (False, True):
+        for mode in MODES:
+            name = f"{'lora' if with_lora else 'plain'}_{mode}"
+            model = ["lora" if with_lora else last, 0]
+            graph[f"force_{name}"] = node("ProbeLoad", model=model, mode=mode, **before)
+            graph[f"sampler_{name}"] = {**sampler, "inputs": {**sampler["inputs"], "model": [f"force_{name}", 0]}}
+            saves[with_lora, mode] = f"save_{name}"
+            latents = {"samples": [f"sampler_{name}", 0], "filename_prefix": f"latents/{name}"}
+            graph[f"save_{name}"] = node("SaveLatent", **latents)
+            before = {"after": [f"sampler_{name}", 0]}
+    return graph, saves

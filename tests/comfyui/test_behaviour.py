@@ -15,19 +15,11 @@ import pytest
 import torch
 from graphs import chain, node, sampled, unet
 from PIL import Image
+from quantwire.quantizers.registry import format_ids, get_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
-NATIVE = [
-    "comfy-fp8-e4m3fn",
-    "comfy-fp8-e5m2",
-    "comfy-nvfp4",
-    "comfy-mxfp8",
-    "comfy-int8",
-    "comfy-int8-convrot",
-    "comfy-w4a4-convrot",
-    "comfy-w4a8",
-]
+NATIVE = [f for f in format_ids() if get_entry(f).backend == "comfy"]
 
 
 def test_start_up_costs_the_host_under_a_tenth_of_a_second(comfyui: Any) -> None:

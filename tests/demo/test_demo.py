@@ -34,9 +34,17 @@ def test_demo_keeps_its_bounds(tmp_path: Path) -> None:
     full = rows["full precision"]["accuracy"]
     assert full >= 0.90
     assert rows["wrong 8-bit load"]["accuracy"] < 0.30
-    eight = ["bnb-int8", "quanto-qint8", "quanto-qfloat8-e4m3fn", "gguf-q8-0"]
+    eight = ["bnb-int8", "quanto-qint8", "quanto-qfloat8-e4m3fn", "comfy-int8-convrot", "comfy-fp8-e4m3fn", "gguf-q8-0"]
     four = ["bnb-nf4", "bnb-fp4", "quanto-qint4", "gguf-q4-0"]
     assert all(rows[f]["accuracy"] >= full - 0.02 for f in eight)
     assert all(rows[f]["accuracy"] >= full - 0.10 for f in four)
     assert (tmp_path / "contact_sheet.png").stat().st_size > 10_000
     assert seconds <= LIMIT_S
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "demo" / "run.py"), "--out", str(tmp_path), "--formats", "bnb-nf4,sdnk-uint4"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "Unknown format 'sdnk-uint4'. Did you mean sdnq-uint4" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,9 @@ def test_ids_are_permanent() -> None:
         "QuantizeTextEncoder",
         "QuantizeControlNet",
         "QuantConfig",
+        "QuantRules",
         "LoadGGUF",
+        "LoadAndQuantize",
         "OffloadCompat",
     ]
     assert set(NODE_DISPLAY_NAME_MAPPINGS) == set(NODE_CLASS_MAPPINGS)

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from quantwire.hosts import use
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.validate import InvalidWorkflow
 from quantwire.nodes.quantize import QuantConfig, QuantizeTextEncoder
+from quantwire.quantizers.apply import quantize_tensor
+from quantwire.quantizers.auto import MIN_RESERVE, DeviceFacts, candidates
+from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.errors import SpecError, WeightError
-from quantwire.quantizers.registry import available_formats
+from quantwire.quantizers.registry import available_formats, get_entry
+from quantwire.quantizers.spec import QuantSpec
+from quantwire.quantizers.weight import QuantizedLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CARRIERS = ("quantwire", "library")
-# Relative distance of the two carriers' latents after two steps on the demo model. Measured: 0 for bnb-int8,
-# quanto-qint8, quanto-qfloat8-e4m3fn and gguf-q4-0, and 0.0069 to 0.0077 for the other four, whose libraries round in
-# another order.
-CARRIER_TOLERANCE = 0.02
-# Relative distance to the full-precision latents; measured 0.008 (gguf-q8-0, quanto-qint8) to 0.062 (bnb-fp4).
-EFFECT = {8: (1e-4, 0.05), 4: (1e-3, 0.2)}
+# Relative distance of the two carriers' latents after two steps on the demo model. Measured: 0 for half of the
+# formats, and up to 0.0170 (comfy-int8) for the others, whose libraries round in another order or quantize activations
+# too. That is much at 4 bits: 0.117.
+CARRIER_TOLERANCE = {"comfy-w4a4-convrot": 0.2}
+# Relative distance to the full-precision latents, by bits a weight up to the key. Measured: 0.0083 (gguf-q8-0) to
+# 0.0442 (layerwise-fp8-e5m2), 0.0337 (sdnq-uint5) to 0.107 (sdnq-uint3), 0.40 (quanto-qint2).
+EFFECT = {2: (1e-2, 0.6), 5: (1e-3, 0.2), 8.5: (1e-4, 0.06)}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -46,6 +55,16 @@ def unchanged(module: torch.nn.Module, before: dict[str, tuple[int, Tensor]]) ->
     return same and set(now) == set(before)
 
 
+def refused_library(format_id: str) -> str:
+    """Why the format's library has no layer that could hold the demo model; empty where it has."""
+    weight, _ = quantize_tensor("w.weight", torch.randn(64, 256), QuantSpec(format_id))
+    try:
+        StandaloneHost().make_layer(weight, None, Carrier.LIBRARY)
+    except SpecError as err:
+        return str(err).splitlines()[0]
+    return ""
+
+
 @pytest.mark.parametrize("format_id", available_formats())
 def test_every_format_samples_with_both_carriers(
     executor: Executor, sampled: Any, make_node: Any, format_id: str
@@ -54,7 +73,12 @@ def test_every_format_samples_with_both_carriers(
     found: dict[str, Tensor] = {}
     for carrier in CARRIERS:
         quantize = make_node("QuantizeModel", model=["model", 0], format=format_id, carrier=carrier)
-        result = executor.run(sampled("q", q=quantize))
+        graph = sampled("q", q=quantize)
+        if carrier == "library" and (reason := refused_library(format_id)):
+            with pytest.raises(SpecError, match=re.escape(reason)):
+                executor.run(graph)
+            continue
+        result = executor.run(graph)
         found[carrier] = result.results["latent"][0]["samples"]
         image = result.results["image"][0]
         assert image.shape == (1, 64, 64, 3)
@@ -63,8 +87,9 @@ def test_every_format_samples_with_both_carriers(
         assert (report["format_id"], report["carrier"], report["warnings"]) == (format_id, carrier, [])
         assert sum(e["action"] == "quantize" for e in report["entries"]) == 29
         assert report["totals"]["nbytes_out"] < report["totals"]["nbytes_in"]
-    assert distance(found["quantwire"], found["library"]) < CARRIER_TOLERANCE
-    low, high = EFFECT[8 if "8" in format_id else 4]
+    if "library" in found:
+        assert distance(found["quantwire"], found["library"]) < CARRIER_TOLERANCE.get(format_id, 0.02)
+    low, high = EFFECT[min(b for b in EFFECT if b >= get_entry(format_id).bits)]
     assert all(low < distance(x, full) < high for x in found.values())
 
 
@@ -250,16 +275,151 @@ def test_two_encoders_name_their_entries(host: StandaloneHost, demo_models: Path
     assert {e.name.partition(".")[0] for e in report.entries} == {"clip_l", "t5xxl"}
 
 
-def test_fp8_storage_is_refused_or_kept(executor: Executor, sampled: Any, make_node: Any) -> None:
+def test_fp8_storage_is_refused(executor: Executor, sampled: Any, make_node: Any) -> None:
     """A model whose weights were already rounded to fp8 is no full-precision model."""
     graph: dict[str, Any] = sampled("q", q=make_node("QuantizeModel", model=["model", 0], format="quanto-qint8"))
     graph["model"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
-    with pytest.raises(WeightError, match=r"dtype is torch\.float8_e4m3fn"):
+    for on_failure in ("error", "full precision"):
+        graph["q"]["inputs"]["on_failure"] = on_failure
+        with pytest.raises(WeightError, match=r"already quantized \(layerwise-fp8-e4m3fn, library carrier\)"):
+            executor.run(graph)
+
+
+def encoders(host: StandaloneHost, demo_models: Path) -> Any:
+    """A CLIP with the demo encoder under two names."""
+    from quantwire.hosts.standalone.text_encoders import TextEncoder, load_text_encoder
+
+    one = load_text_encoder([demo_models / "text_encoders" / "digits_clip.safetensors"]).encoders["clip_l"]
+    return TextEncoder({"clip_l": one, "t5xxl": one}, "two")
+
+
+def quantize_encoders(clip: Any, **inputs: Any) -> tuple[Any, Any]:
+    return QuantizeTextEncoder().quantize(clip, **{"format": "bnb-int8", **inputs})["result"]
+
+
+def held(clip: Any) -> dict[str, set[str]]:
+    return {
+        name: {m.format_id for m in e.module.modules() if isinstance(m, QuantizedLinear)}
+        for name, e in clip.encoders.items()
+    }
+
+
+def test_formats_of_single_encoders(host: StandaloneHost, demo_models: Path) -> None:
+    clip = encoders(host, demo_models)
+    made, report = quantize_encoders(clip, per_encoder="t5xxl = bnb;bits=4;bits4-quant-type=nf4")
+    assert held(made) == {"clip_l": {"bnb-int8"}, "t5xxl": {"bnb-nf4"}}
+    assert str(report).startswith("clip_l + t5xxl: 24 linear layers: 12 in bnb-int8, 12 in bnb-nf4")
+    made, report = quantize_encoders(clip, per_encoder="# nothing for CLIP\nclip_l = keep")
+    assert held(made) == {"clip_l": set(), "t5xxl": {"bnb-int8"}}
+    assert report.title == "t5xxl"
+    assert "clip_l stays as it is (per_encoder)" in str(report)
+    assert held(clip) == {"clip_l": set(), "t5xxl": set()}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"per_encoder": "clip_g = keep"}, "There is no clip_g encoder here, only clip_l, t5xxl."),
+        ({"per_encoder": "llm = keep"}, "There is no llm encoder here, only clip_l, t5xxl."),
+        (
+            {"encoders": "clip_l", "per_encoder": "t5xxl = keep"},
+            "per_encoder names t5xxl, but encoders is set to clip_l.",
+        ),
+        ({"per_encoder": "clip_l = keep\nt5xxl = keep"}, "per_encoder keeps clip_l, t5xxl, so nothing is left"),
+        ({"keep_layers": "no_such"}, "Pattern 'no_such' matches none of the 24 linear layers"),
+    ],
+)
+def test_refused_encoders(host: StandaloneHost, demo_models: Path, inputs: dict[str, str], said: str) -> None:
+    with pytest.raises(SpecError) as failure:
+        quantize_encoders(encoders(host, demo_models), **inputs)
+    assert str(failure.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("t5xxl", "Line 1: Rule 't5xxl' is not of the form"),
+        ("t5xxl = nf4", "Rule 't5xxl = nf4': Unknown backend or format 'nf4'"),
+        ("t5xxl = keep\nt5xxl = bnb-nf4", "per_encoder: 't5xxl' is to be both keep and bnb-nf4."),
+    ],
+)
+def test_encoder_lines_are_refused_before_anything_runs(
+    executor: Executor, sampled: Any, make_node: Any, text: str, said: str
+) -> None:
+    answer = QuantizeTextEncoder.VALIDATE_INPUTS(text)
+    assert isinstance(answer, str)
+    assert said in answer
+    quantize = make_node("QuantizeTextEncoder", clip=["clip", 0], format="bnb-nf4", encoders="all", per_encoder=text)
+    with pytest.raises(InvalidWorkflow):
+        executor.run(sampled(clip="q", q=quantize))
+
+
+def test_a_pattern_may_name_layers_of_one_encoder_only(host: StandaloneHost, demo_models: Path) -> None:
+    from quantwire.hosts.standalone.text_encoders import TextEncoder, load_text_encoder
+
+    clip = load_text_encoder([demo_models / "text_encoders" / "digits_clip.safetensors"]).encoders["clip_l"]
+    tiny = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    )
+    two = TextEncoder({"clip_l": clip, "t5xxl": dataclasses.replace(clip, module=tiny)}, "two")
+    made, report = quantize_encoders(two, keep_layers="SelfAttention, *.mlp.fc1")
+    kept = {e.name for e in report.entries if e.reason == "excluded"}
+    assert {name.partition(".")[0] for name in kept} == {"clip_l", "t5xxl"}
+    wo = [e for e in report.entries if e.name.endswith("DenseReluDense.wo.weight")]
+    assert [e.reason for e in wo] == ["t5: wo (its products exceed float16)"]
+    assert held(made) == {"clip_l": {"bnb-int8"}, "t5xxl": {"bnb-int8"}}
+
+
+def test_auto(executor: Executor, sampled: Any, make_node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = {
+        "model": sampled()["model"],
+        "q": make_node("QuantizeModel", model=["model", 0], format="auto"),
+        "out": make_node("Keep", value=["q", 1]),
+    }
+    report = executor.run(graph).results["out"][0]
+    assert report.format_id in candidates(DeviceFacts("cpu", "CPU", 1, 1))
+    assert report.warnings == []
+    assert report.notes[0].startswith("auto: CPU with ")
+    assert "it would fit at full precision too" in str(report)
+    assert {e.format_id for e in report.entries if e.action == "quantize"} == {report.format_id}
+    size = sum(e.nbytes_out for e in report.entries)
+    free = MIN_RESERVE + size - 1  # one byte too few for what was chosen with more
+    monkeypatch.setattr(StandaloneHost, "memory", lambda *_: DeviceFacts("cpu", "CPU", free, 1024**3))
+    graph["q"]["inputs"]["keep_layers"] = "*.attn.to_q"
+    less = executor.run(graph).results["out"][0]
+    assert less.warnings == []
+    assert sum(e.nbytes_out for e in less.entries) < size
+    assert get_entry(less.format_id).bits < get_entry(report.format_id).bits
+    monkeypatch.setattr(StandaloneHost, "memory", lambda *_: DeviceFacts("cpu", "CPU", MIN_RESERVE, 1024**3))
+    graph["q"]["inputs"]["keep_layers"] = "*.attn.to_k"
+    least = executor.run(graph).results["out"][0]
+    assert least.notes == []
+    assert "so part of it must be offloaded" in least.warnings[0]
+
+
+def test_auto_takes_no_options_of_another_format(executor: Executor, sampled: Any, make_node: Any) -> None:
+    graph = {
+        "model": sampled()["model"],
+        "c": make_node("QuantConfig", uri="bnb-nf4"),
+        "q": make_node("QuantizeModel", model=["model", 0], format="auto", config=["c", 0]),
+        "out": make_node("Keep", value=["q", 1]),
+    }
+    with pytest.raises(SpecError, match="format is auto, but the linked config is for bnb-nf4"):
         executor.run(graph)
-    del graph["q"]
-    graph["sampler"]["inputs"]["model"] = ["model", 0]
-    plain = latents(executor, graph)
-    options = {"format": "quanto-qint8", "on_failure": "full precision"}
-    graph["q"] = make_node("QuantizeModel", model=["model", 0], **options)
-    graph["sampler"]["inputs"]["model"] = ["q", 0]
-    assert torch.equal(latents(executor, graph), plain), "all layers stay, and their casting hooks work in the copy"
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_dequantize_first(executor: Executor, sampled: Any, make_node: Any, carrier: str) -> None:
+    graph = sampled(
+        "q2",
+        q=make_node("QuantizeModel", model=["model", 0], format="bnb-nf4", carrier=carrier),
+        q2=make_node("QuantizeModel", model=["q", 0], format="gguf-q8-0", on_quantized="dequantize first"),
+    )
+    result = executor.run(graph)
+    report = result.outputs["q2"]["report"][0]
+    assert sum(e["action"] == "quantize" for e in report["entries"]) == 29
+    assert report["warnings"][0].startswith("29 layers were quantized already (bnb-nf4)")
+    assert "WARNING: 29 layers were quantized already" in result.outputs["q2"]["text"][0]
+    once = latents(executor, sampled("q", q=graph["q"]))
+    # Rounding to 8 bits on top of 4 changes little beside what the 4 bits changed.
+    assert 0 < distance(result.results["latent"][0]["samples"], once) < 0.05

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from quantwire.cli import _caused_by_interrupt, main
+from quantwire.quantizers import overview
+from quantwire.quantizers.formats import BACKENDS
+from quantwire.quantizers.registry import format_ids, get_quantizer
+from quantwire.quantizers.spec import QuantSpec
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -270,7 +275,72 @@ def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f in text for f in ("bnb-nf4", "quanto-qint8", "gguf-q4-0"))
     assert main(["formats", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert all(set(r) == {"id", "works", "reason", "remedy", "version"} for r in rows)
+    keys = {"id", "works", "reason", "remedy", "version", "bits", "backend", "writable"}
+    assert all(set(r) == keys for r in rows)
+    assert [r["id"] for r in rows] == format_ids(writable=False)
+    assert all(bool(r["reason"]) is not r["works"] for r in rows)
+    working = [r for r in rows if r["works"]]
+    writable = sum(r["writable"] for r in working)
+    assert text.splitlines()[-1] == f"{len(working)} of {len(rows)} formats work here ({writable} writable)"
+    read_only = [line for line in text.splitlines() if line.startswith("gguf-q4-k ")]
+    assert len(read_only) == 1
+    assert "read only" in read_only[0]
+
+
+def test_formats_verbose_names_the_kernel_that_a_product_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is what `kernel` answers for each number of tokens, each number once."""
+    assert main(["formats", "--verbose", "--json"]) == 0
+    rows = {r["id"]: r for r in json.loads(capsys.readouterr().out)}
+    assert main(["formats", "--verbose"]) == 0
+    text = capsys.readouterr().out
+    w = torch.randn(overview.SHAPE, dtype=torch.bfloat16)
+    for format_id, row in rows.items():
+        if not (row["works"] and row["writable"]):
+            assert not row.get("kernels"), format_id
+            continue
+        assert [t for k in row["kernels"] for t in k["tokens"]] == list(overview.TOKENS), format_id
+        quantizer = get_quantizer(format_id)
+        q = quantizer.quantize(w, QuantSpec(format_id))
+        for choice in row["kernels"]:
+            for tokens in choice["tokens"]:
+                kernel = quantizer.kernel(q, overview.compute_device(), torch.bfloat16, tokens)
+                assert (kernel.name, kernel.reason) == (choice["name"], choice["reason"]), format_id
+            assert f"{choice['name']} ({choice['reason']})" in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [((1, 16), "1-16 tokens"), ((256,), "256 tokens"), ((1024, 4096), "1024+ tokens")]
+)
+def test_ranges_of_tokens(tokens: tuple[int, ...], shown: str) -> None:
+    assert str(overview.KernelChoice(tokens, "a product", "a reason")) == f"{shown}: a product (a reason)"
+
+
+# --- help ---
+
+
+def test_help_lists_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    text = capsys.readouterr().out
+    for backend in (b for b in BACKENDS if b.entries):
+        assert backend.package in text
+        assert any(line.startswith(f"{backend.name} ") for line in text.splitlines())
+
+
+def test_help_on_backends_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "bnb", "gguf-q8-0", "bnb-nf4"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.startswith(("bnb: ", "gguf: "))] == [
+        "bnb: bitsandbytes (MIT)",
+        "gguf: gguf (MIT)",
+    ]
+    assert "int8-threshold: number from 0 to 10; default 6; bnb-int8" in text
+
+
+def test_help_on_an_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "bnb", "quantoo"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("SpecError: Unknown backend or format 'quantoo'. Did you mean quanto")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,77 @@ def test_finds_diffusers_gguf_layers(quant_type: str) -> None:
     assert find_carriers(nn.ModuleDict({"proj": layer})) == [Found("proj", LIBRARY, format_id, 1, "GGUFParameter")]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint4", "int5", "float8_e4m3fn", "float4_e2m1fn"])
+def test_finds_sdnq_layers(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")
+    sdnq = pytest.importorskip("sdnq")
+    # sdnq leaves small layers as they are.
+    net = nn.ModuleDict({"norm": nn.LayerNorm(256), "proj": nn.Linear(256, 256)}).to(torch.bfloat16)
+    net = sdnq.sdnq_post_load_quant(net, weights_dtype=dtype, torch_dtype=torch.bfloat16)
+    format_id = f"sdnq-{dtype}".replace("_", "-")
+    assert find_carriers(net) == [Found("proj", LIBRARY, format_id, 1, "SDNQLinear")]
+
+
+@pytest.mark.parametrize(
+    ("config", "format_id", "kind"),
+    [
+        ("Int8WeightOnlyConfig", "torchao-int8wo", "Int8Tensor"),
+        ("Int8DynamicActivationInt8WeightConfig", "torchao-int8dyn", "Int8Tensor"),
+        ("Float8WeightOnlyConfig", "torchao-float8wo", "Float8Tensor"),
+        ("IntxWeightOnlyConfig", "torchao-intxunpackedtoint8", "IntxUnpackedToInt8Tensor"),
+    ],
+)
+def test_finds_torchao_tensors(config: str, format_id: str, kind: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)).to(torch.bfloat16)
+    quantization.quantize_(net, getattr(quantization, config)())
+    assert find_carriers(net) == [Found("1", LIBRARY, format_id, 2, kind)]
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.blocks[1](self.blocks[0](x)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "format_id"),
+    [
+        ("INT8_SYM", "nncf-int8-sym"),
+        ("INT8_ASYM", "nncf-int8-asym"),
+        ("INT4_SYM", "nncf-int4-sym"),
+        ("INT4_ASYM", "nncf-int4-asym"),
+    ],
+)
+def test_finds_nncf_layers_by_the_name_of_the_layer(mode: str, format_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNCF_CI", "1")  # no telemetry
+    nncf = pytest.importorskip("nncf")
+    options = {} if "INT8" in mode else {"group_size": 32, "ratio": 1.0, "all_layers": True}
+    data = nncf.Dataset([torch.zeros(2, DIM)])
+    net = nncf.compress_weights(Blocks().eval(), mode=nncf.CompressWeightsMode[mode], dataset=data, **options)
+    (only,) = find_carriers(net)
+    assert (only.name, only.carrier, only.format_id, only.layers) == ("blocks.0", LIBRARY, format_id, 2)
+    assert only.kind.endswith("WeightsDecompressor")
+    (inside,) = find_carriers(nn.ModuleDict({"part": net}))
+    assert inside.name == "part.blocks.0"
+
+
+@pytest.mark.parametrize("storage", ["e4m3fn", "e5m2"])
+def test_finds_layers_that_diffusers_casts(storage: str) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    net = nn.Sequential(nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)).to(torch.bfloat16)
+    hooks.apply_layerwise_casting(net, getattr(torch, f"float8_{storage}"), torch.bfloat16, skip_modules_pattern=())
+    wanted = [Found("0", LIBRARY, f"layerwise-fp8-{storage}", 2, "LayerwiseCastingHook")]
+    assert find_carriers(net) == wanted
+    with torch.no_grad():
+        net(torch.zeros(1, DIM, dtype=torch.bfloat16))
+    assert find_carriers(net) == wanted  # the weight goes back to its storage after each call
+
+
 def test_finds_a_stand_in_of_comfyui_gguf_tensors_but_not_its_plain_ones() -> None:
     """ComfyUI-GGUF runs only inside ComfyUI; this class has the name, the attribute and the detach of its own."""
     gguf = pytest.importorskip("gguf")
@@ -159,7 +230,7 @@ def test_a_class_that_only_borrows_a_library_name_is_not_taken_for_it() -> None:
 def test_importing_the_rules_imports_neither_torch_nor_a_library() -> None:
     code = (
         "import sys, quantwire.quantizers.compat.rules\n"
-        "names = 'torch', 'bitsandbytes', 'optimum', 'diffusers', 'gguf', 'accelerate'\n"
+        "names = 'torch', 'bitsandbytes', 'optimum', 'diffusers', 'gguf', 'accelerate', 'sdnq', 'torchao', 'nncf'\n"
         "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -197,7 +268,8 @@ def test_split_decides_only_the_rows_that_depend_on_it(
 @pytest.mark.parametrize("format_id", available_formats())
 def test_every_registered_format_has_a_verdict_in_both_carriers(format_id: str, mode: OffloadMode) -> None:
     library, ours = check([found(format_id), found(format_id, carrier=QUANTWIRE)], mode)
-    assert library.level is not VerdictLevel.UNKNOWN
+    # Outside ComfyUI there are no layers of its formats.
+    assert (library.level is VerdictLevel.UNKNOWN) == format_id.startswith("comfy-")
     assert ours.level is VerdictLevel.OK
 
 

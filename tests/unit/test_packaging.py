@@ -88,4 +88,5 @@ def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> N
     held = zipfile.ZipFile(wheel).namelist()
     assert "quantwire/quantizers/registry.py" in held
     assert "quantwire/workflows/api/quantized.json" in held
+    assert "quantwire/web/docs/QuantConfig.md" in held
     assert not [n for n in held if n.endswith(".safetensors") or "/tests/" in n]

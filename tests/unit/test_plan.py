@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantwire.quantizers.errors import SpecError
+from quantwire.quantizers.apply import REPORTED_TOKENS, quantize_linears, quantize_tensor
+from quantwire.quantizers.base import Availability
+from quantwire.quantizers.errors import BackendUnavailable, SpecError
 from quantwire.quantizers.plan import Action, QuantPlan, Slot, make_plan, matches, sensitive_reason
 from quantwire.quantizers.registry import get_quantizer
+from quantwire.quantizers.rules import Rule
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import TensorMeta
 
@@ -195,3 +198,66 @@ def test_a_suggestion_comes_from_the_given_formats_only() -> None:
 
 def test_nothing_refused_raises_nothing() -> None:
     plan([slot("a")], QuantSpec("gguf-q8-0")).raise_on_refusal()
+
+
+def test_rules_choose_formats_layer_by_layer() -> None:
+    spec = QuantSpec(
+        "bnb-nf4", rules=(Rule("*.mlp", "gguf-q8-0"), Rule("re:^img", "bnb;bits=8"), Rule("b.qkv", "keep"))
+    )
+    made = plan([slot(n) for n in ("img_in", "a.qkv", "a.mlp", "b.qkv", "txt_in")], spec)
+    assert [(d.action, d.spec and d.spec.format_id, d.reason) for d in made.decisions] == [
+        (Action.QUANTIZE, "bnb-int8", "linear weight, rule 're:^img = bnb-int8'"),
+        (Action.QUANTIZE, "bnb-nf4", "linear weight"),
+        (Action.QUANTIZE, "gguf-q8-0", "linear weight, rule '*.mlp = gguf-q8-0'"),
+        (Action.KEEP, None, "rule 'b.qkv = keep'"),
+        (Action.KEEP, None, EMBEDDER),
+    ]
+    assert made.format_ids == ["bnb-int8", "bnb-nf4", "gguf-q8-0"]
+    assert [d.nbytes_out for d in made.decisions][:3] == [64 * 64 + 4 * 64, 64 * 32 + 4 * 64, 64 * 64 // 32 * 34]
+
+
+def test_a_layer_that_its_rule_cannot_hold_is_refused_by_that_format() -> None:
+    made = plan([slot("a", (64, 33)), slot("b")], QuantSpec("bnb-int8", rules=(Rule("a", "gguf-q8-0"),)))
+    with pytest.raises(SpecError, match=r"^'a\.weight': gguf-q8-0: K=33 is not a multiple of block size 32\.\n"):
+        made.raise_on_refusal([])
+
+
+def test_contradictions_stop_the_plan() -> None:
+    with pytest.raises(SpecError, match=r"'a = bnb-nf4' and 're:a = keep' both match 'a'"):
+        plan([slot("a")], QuantSpec("bnb-int8", rules=(Rule("a", "bnb-nf4"), Rule("re:a", "keep"))))
+
+
+def test_every_layer_gets_its_own_quantizer_and_the_report_says_so() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    spec = QuantSpec("bnb-nf4", rules=(Rule("re:^[01]$", "gguf-q8-0"), Rule("3", "keep")))
+    layers, report = quantize_linears(model, spec)
+    assert {name: layer.format_id for name, layer in layers.items()} == {
+        "0": "gguf-q8-0", "1": "gguf-q8-0", "2": "bnb-nf4",
+    }  # fmt: skip
+    alone, _ = quantize_tensor("0.weight", model[0].weight.detach(), QuantSpec("gguf-q8-0"))
+    assert torch.equal(layers["0"].qdata, alone.tensors["qdata"])
+    entries = {e.name: e for e in report.entries if e.action == "quantize"}
+    assert {name: e.format_id for name, e in entries.items()} == {
+        "0.weight": "gguf-q8-0", "1.weight": "gguf-q8-0", "2.weight": "bnb-nf4",
+    }  # fmt: skip
+    for name, e in entries.items():
+        layer = layers[name.removesuffix(".weight")]
+        chosen = get_quantizer(layer.format_id).kernel(
+            layer.quantized_weight, torch.device("cpu"), torch.float32, REPORTED_TOKENS
+        )
+        assert e.kernel == f"{chosen.name}: {chosen.reason}"
+    first = str(report).splitlines()[0]
+    assert first == "model: 3 linear layers: 2 in gguf-q8-0, 1 in bnb-nf4 (quantwire carrier)"
+    assert QuantSpec.from_uri(report.uri) == spec
+    assert report.to_dict()["entries"][0]["kernel"] == ""
+
+
+def test_formats_of_rules_must_run_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantwire.quantizers import registry
+
+    real = registry.availability
+    gone = Availability(False, "the library is missing.", "Install it.")
+    monkeypatch.setattr(registry, "availability", lambda f: gone if f == "gguf-q8-0" else real(f))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    with pytest.raises(BackendUnavailable, match=r"^gguf-q8-0: the library is missing\."):
+        quantize_linears(model, QuantSpec("bnb-nf4", rules=(Rule("1", "gguf-q8-0"),)))

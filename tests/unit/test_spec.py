@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import random
+import re
 from typing import Any
 
 import pytest
 from quantwire.quantizers import spec
 from quantwire.quantizers.errors import SpecError
-from quantwire.quantizers.formats import Argument
+from quantwire.quantizers.formats import BACKENDS, Argument, Backend
 from quantwire.quantizers.registry import format_ids
-from quantwire.quantizers.spec import QuantSpec
+from quantwire.quantizers.rules import Rule, check_pattern
+from quantwire.quantizers.spec import QuantSpec, canonical
 
 
 def refusal(uri: str) -> str:
@@ -42,6 +46,18 @@ def test_every_bare_format_id_round_trips(format_id: str) -> None:
         ("gguf;type=q4_0", "gguf;type=q4_0"),
         ("gguf;include=img_in, txt_in ;exclude=*.to_out.*", "gguf;type=q8_0;include=img_in,txt_in;exclude=*.to_out.*"),
         ("gguf;exclude='a;b,c'", "gguf;type=q8_0;exclude='a;b,c'"),
+        ("gguf;exclude='a,b', c ,\"d;e\"", "gguf;type=q8_0;exclude='a,b',c,'d;e'"),
+        ("gguf;exclude=\"a;'b'\"", "gguf;type=q8_0;exclude=\"a;'b'\""),
+        (r"gguf;exclude='don\'t'", 'gguf;type=q8_0;exclude="don\'t"'),
+        (r"gguf;exclude=don\'t", 'gguf;type=q8_0;exclude="don\'t"'),
+        (r"gguf;exclude='re:\bb\.\d{1,2}'", r"gguf;type=q8_0;exclude='re:\bb\.\d{1,2}'"),
+        ("gguf; type = 'q4_0'", "gguf;type=q4_0"),
+        ("bitsandbytes;bits=4", "bnb;bits=4;bits4-quant-type=fp4"),
+        ("gguf;rules=a = keep,*.b=bnb-nf4", "gguf;type=q8_0;rules=a = keep,*.b = bnb-nf4"),
+        (
+            "gguf;rules='*.b = bnb;bits=8;int8-threshold=0',\"c = bnb;bits='4'\"",
+            "gguf;type=q8_0;rules='*.b = bnb;bits=8;int8-threshold=0',c = bnb-fp4",
+        ),
         ('gguf;exclude="blocks.[0-3].*"', "gguf;type=q8_0;exclude=blocks.[0-3].*"),
     ],
 )
@@ -156,7 +172,7 @@ def test_options_made_in_code_equal_those_of_a_uri() -> None:
         ),
         pytest.param(
             "gguf;exclude=don''t",
-            "Layer pattern 'don''t' is empty or holds a comma, a quote or outer blanks.",
+            "gguf: argument 'exclude': A quote stands in the middle of 'don''t'.",
             id="quote-in-a-pattern",
         ),
     ],
@@ -168,13 +184,29 @@ def test_refusals(uri: str, first_line: str) -> None:
 
 
 def test_an_unknown_argument_lists_the_valid_ones() -> None:
-    assert refusal("gguf;size=1").splitlines()[1] == "Valid arguments: type, include, exclude."
+    assert refusal("gguf;size=1").splitlines()[1] == "Valid arguments: type, include, exclude, rules."
 
 
 def test_an_unknown_backend_lists_backends_and_formats() -> None:
     assert refusal("xyz").splitlines()[1] == (
-        "Backends: bnb, quanto, gguf, comfy. Formats: " + ", ".join(format_ids()) + "."
+        f"Backends: {', '.join(b.name for b in BACKENDS)}. Formats: {', '.join(format_ids())}."
     )
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gguf;rules=a", "gguf: argument 'rules': Rule 'a' is not of the form"),
+        ("gguf;rules=a = nf5", "Rule 'a = nf5': Unknown backend or format 'nf5'"),
+        ("gguf;rules='a = bnb;bit=4'", "Rule 'a = bnb;bit=4': bnb: unknown argument 'bit'. Did you mean bits"),
+        ("gguf;rules='a = bnb;exclude=b'", "its format has layer patterns of its own"),
+        ("gguf;rules=re:( = keep", "is no regular expression"),
+        ("gguf;exclude='a'b", "gguf: argument 'exclude': Text follows the quoted part of ''a'b'"),
+        ("gguf;type=q8_0'x'", "gguf: argument 'type': A quote stands in the middle"),
+    ],
+)
+def test_refused_rules_and_quotes_name_the_argument(uri: str, message: str) -> None:
+    assert message in refusal(uri)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +215,13 @@ def test_an_unknown_backend_lists_backends_and_formats() -> None:
         ({"options": (("bits4-compute-dtype", "int8"),)}, "must be one of float16, bfloat16, float32, got 'int8'"),
         ({"options": (("bits", 4),)}, "argument 'bits' is fixed by the format id 'bnb-nf4'"),
         ({"options": (("size", 4),)}, "unknown argument 'size'"),
-        ({"include": ("a,b",)}, "Layer pattern 'a,b' is empty or holds a comma"),
+        ({"include": ("a\nb",)}, "Layer pattern 'a\nb' is empty or holds outer blanks or a line break"),
+        ({"include": ("re:(",)}, "Layer pattern 're:(' is no regular expression: missing ), unterminated subpattern"),
+        ({"include": ("re:",)}, "Layer pattern 're:' is empty"),
+        ({"exclude": (r"re:a\'",)}, "holds a backslash before a quote"),
         ({"exclude": ("",)}, "Layer pattern '' is empty"),
     ],
-    ids=["value", "selector", "unknown", "comma", "empty-pattern"],
+    ids=["value", "selector", "unknown", "line-break", "regex", "empty-regex", "escape", "empty-pattern"],
 )
 def test_specs_made_in_code_are_checked_too(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as failure:
@@ -202,3 +237,86 @@ def test_a_backend_without_a_row_is_no_other_backend(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(spec.FORMAT_ARGUMENTS, "comfy-int8")
     with pytest.raises(SpecError, match=r"^comfy-int8: no arguments of a URI choose this format\.$"):
         QuantSpec("comfy-int8").to_uri()
+
+
+def values_of(argument: Argument, rng: random.Random) -> Any:
+    """A valid value that the argument's declaration allows."""
+    if argument.kind == "bool":
+        return rng.random() < 0.5
+    if argument.choices:
+        word = rng.choice(argument.choices)
+        return {"int": int, "float": float, "word": str}[argument.kind](word)
+    assert argument.low is not None, argument
+    assert argument.high is not None, argument
+    if argument.kind == "int":
+        return rng.randint(int(argument.low), int(argument.high))
+    return rng.choice([argument.low, argument.high, rng.uniform(argument.low, argument.high), 1e-07 + argument.low])
+
+
+def pattern_of(rng: random.Random) -> str:
+    """A layer pattern of characters that quoting must get right."""
+    alphabet = ["a", "b.0", "*", "[01]", "?", ",", ";", "'", '"', "=", " = ", "x y", "\\\\", "#", "{1,2}"]
+    while True:
+        body = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 6))).strip()
+        pattern = rng.choice(["", "re:"]) + (re.escape(body) if rng.random() < 0.3 else body)
+        try:
+            check_pattern(pattern)
+        except SpecError:
+            continue
+        return pattern
+
+
+def rule_of(rng: random.Random) -> Rule:
+    while True:
+        try:
+            return canonical(Rule(pattern_of(rng), rng.choice(["keep", *ALL_FORMATS])))
+        except SpecError as err:  # ` = ` ends the pattern of a rule
+            if "between blanks" not in str(err):
+                raise
+
+
+ALL_FORMATS = [e.format_id for b in BACKENDS for e in b.entries if e.writes]
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.entries], ids=lambda b: b.name)
+def test_every_format_and_option_round_trips(backend: Backend) -> None:
+    rng = random.Random(backend.name)
+    ids = [e.format_id for e in backend.entries if e.writes]
+    for format_id in [*ids, *rng.choices(ids, k=200)]:
+        usable = {
+            name: argument
+            for name, argument in backend.arguments.items()
+            if name not in backend.selectors and (not argument.applies or format_id in argument.applies)
+        }
+        names = rng.sample(list(usable), rng.randint(0, len(usable)))
+        options = tuple((name, values_of(usable[name], rng)) for name in names)
+        patterns = [pattern_of(rng) for _ in range(rng.randint(0, 3))]
+        rules = tuple(rule_of(rng) for _ in range(rng.randint(0, 2)))
+        made = QuantSpec(format_id, tuple(patterns[:1]), tuple(patterns[1:]), options, rules=rules)
+        uri = made.to_uri()
+        again = QuantSpec.from_uri(uri)
+        assert again == made, uri
+        assert hash(again) == hash(made)
+        assert again.to_uri() == uri
+        assert QuantSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_every_option_is_refused_by_name_beyond_its_declaration() -> None:
+    for backend in BACKENDS:
+        for name, argument in backend.arguments.items():
+            with pytest.raises(SpecError, match=rf"^{backend.name}: argument '{name}' must be "):
+                argument.parse(backend.name, name, "no-such-value")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "The spec names no format."),
+        ({"format": "bnb-nf4", "bits": 4}, "The spec has the unknown key 'bits'."),
+        ({"format": "bnb-nf4", "version": 99}, "The spec has version 99, expected 1."),
+    ],
+)
+def test_a_spec_from_json_is_checked(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as failure:
+        QuantSpec.from_dict(data)
+    assert str(failure.value).splitlines()[0] == message

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ...base import Availability, Kernel, Quantizer
 from ...errors import SpecError
+from ...kernels import forms
+from ...kernels.choose import EXPAND
+from ...kernels.expand import Expansion, linear
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint4 or gguf-q4-0."
-BLOCK_SIZE = 64
+DEFAULT_BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
+# Above it the library's CPU path goes through torch.compile, once for each shape: tens of seconds, and a C++ compiler.
+LARGEST_CPU_BLOCK = 1024
 
 
 class BnbFourBit(Quantizer):
@@ -35,25 +40,36 @@ class BnbFourBit(Quantizer):
             return f"shape {t.shape} is not (N, K)"
         if t.shape[1] % 2:
             return f"K={t.shape[1]} is odd, and two values share a byte"
+        storage, packed = _storage(spec), t.numel // 2
+        if packed % storage.itemsize:
+            return (
+                f"N={t.shape[0]} with K={t.shape[1]} packs into {packed} bytes, not a multiple of the "
+                f"{storage.itemsize} of bits4-quant-storage={str(storage).removeprefix('torch.')}"
+            )
         return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
-        blocks = math.ceil(t.numel / BLOCK_SIZE)
+        blocks = math.ceil(t.numel / int(spec.option("bits4-block-size", DEFAULT_BLOCK_SIZE)))
         packed = math.ceil(t.numel / 2)
         if not spec.option("bits4-use-double-quant", False):
             return packed + 4 * blocks
         return packed + blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + 4 * 256 + 4
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
-        """qdata (N*K/2, 1) uint8; absmax (blocks,) float32, or uint8 with nested_absmax, nested_code and offset."""
+        """qdata (N*K/2, 1) uint8, or fewer items of the storage dtype; absmax (blocks,) float32, or uint8 with
+        nested_absmax, nested_code and offset."""
         nested = bool(spec.option("bits4-use-double-quant", False))
+        block_size = int(spec.option("bits4-block-size", DEFAULT_BLOCK_SIZE))
         qdata, state = _library().functional.quantize_4bit(
-            w.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type=self.quant_type
+            w.contiguous(), blocksize=block_size, compress_statistics=nested, quant_type=self.quant_type
         )
+        qdata = qdata.view(-1).view(_storage(spec)).unsqueeze(1)
         tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": state.absmax}
         if nested:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
         meta = {"compute_dtype": spec.option("bits4-compute-dtype", None)}
+        if block_size != DEFAULT_BLOCK_SIZE:
+            meta["block_size"] = block_size
         return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
 
     def _state(self, q: QuantizedWeight, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
@@ -69,7 +85,7 @@ class BnbFourBit(Quantizer):
             absmax=t["absmax"],
             shape=torch.Size(shape),
             code=functional.get_4bit_type(self.quant_type, device=t["absmax"].device),
-            blocksize=BLOCK_SIZE,
+            blocksize=_block_size(q),
             quant_type=self.quant_type,
             dtype=dtype,
             offset=offset,
@@ -79,26 +95,53 @@ class BnbFourBit(Quantizer):
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         # As one row of all values: with (N, K) the library's CPU kernel (0.50.2, AVX-512) takes wrong maxima where K is
         # a multiple of 16 but not of the block size; as one row it equals the formula bit for bit at every shape.
-        state = self._state(q, dtype, (1, q.numel))
-        return _library().functional.dequantize_4bit(q.tensors["qdata"], state).reshape(q.orig_shape)
+        functional, state = _library().functional, self._state(q, dtype, (1, q.numel))
+        if state.blocksize > LARGEST_CPU_BLOCK and q.tensors["qdata"].device.type == "cpu":
+            self._split_blocks(state)
+        return functional.dequantize_4bit(_packed(q), state).reshape(q.orig_shape)
+
+    def _split_blocks(self, state: Any) -> None:
+        """Each block as several of `LARGEST_CPU_BLOCK` with the same maximum: the same values by the C++ kernel."""
+        if state.nested:
+            state.absmax = _library().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
+        state.absmax = state.absmax.repeat_interleave(state.blocksize // LARGEST_CPU_BLOCK)
+        state.blocksize = LARGEST_CPU_BLOCK
+
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        n, k = q.orig_shape
+        if k % _block_size(q):  # blocks cross rows
+            return None
+        functional, t = _library().functional, q.tensors
+        absmax = t["absmax"]
+        if "nested_absmax" in t:
+            absmax = functional.dequantize_blockwise(absmax, self._state(q, torch.float32, (n, k)).state2) + t["offset"]
+        table = forms.pairs(functional.get_4bit_type(self.quant_type, device=absmax.device), "high first")
+        return forms.nibbles(_packed(q).view(n, k // 2), table, absmax.view(n, -1))
 
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
-        if q.orig_shape[1] % BLOCK_SIZE:
-            reason = f"K={q.orig_shape[1]} is not a multiple of {BLOCK_SIZE}, where bitsandbytes' product is wrong"
+        block_size = _block_size(q)
+        if q.orig_shape[1] % block_size:
+            reason = f"K={q.orig_shape[1]} is not a multiple of {block_size}, so blocks cross rows"
             return Kernel("dequantize, F.linear", reason, self._dequantized)
-        return Kernel("bitsandbytes gemm_4bit", "the library's own product", self._gemm)
+        if device.type == "cuda":
+            return Kernel("bitsandbytes gemm_4bit", "the library's fused product", self._gemm)
+        return Kernel(EXPAND, "faster here than bitsandbytes' own product at every number of tokens", self._expanded)
 
     def _dequantized(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         compute = self._compute_dtype(q, x)
         bias = None if bias is None else bias.to(compute)
         return F.linear(x.to(compute), self.dequantize(q, compute), bias).to(x.dtype)
 
+    def _expanded(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return linear(x.to(self._compute_dtype(q, x)), self._form(q), bias).to(x.dtype)
+
     def _gemm(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         compute = self._compute_dtype(q, x)
         bias = None if bias is None else bias.to(compute)
         state = self._state(q, compute, q.orig_shape)
         # Transposed, as versions before 0.50 require and later ones accept.
-        packed = q.tensors["qdata"].t()
+        packed = _packed(q).t()
         return _library().matmul_4bit(x.to(compute), packed, bias=bias, quant_state=state).to(x.dtype)
 
     def _compute_dtype(self, q: QuantizedWeight, x: Tensor) -> torch.dtype:
@@ -108,21 +151,35 @@ class BnbFourBit(Quantizer):
         """`Linear4bit` on the same packed bytes.
 
         On AVX512-BF16 machines the library repacks its weights at the first forward, which it can do only for N
-        divisible by 32 and K divisible by 64; other shapes keep the plain path here.
+        divisible by 32 and K divisible by the block size; other shapes keep the plain path here.
 
         Raises:
-            SpecError: on a CPU with K no multiple of 64, where the library's product is wrong (see `dequantize`).
+            SpecError: on a CPU with K no multiple of the block size, where the library's product is wrong (see
+                `dequantize`), and with blocks above `LARGEST_CPU_BLOCK`, for which it compiles C++.
         """
         bnb = _library()
         n, k = q.orig_shape
-        if k % BLOCK_SIZE and q.tensors["qdata"].device.type == "cpu":
+        block_size, on_cpu = _block_size(q), q.tensors["qdata"].device.type == "cpu"
+        if on_cpu and block_size > LARGEST_CPU_BLOCK:
             raise SpecError(
-                f"{self.format_id}: K={k} is not a multiple of block size {BLOCK_SIZE}, and bitsandbytes' own layer "
+                f"{self.format_id}: bitsandbytes' own layer compiles C++ for blocks of {block_size} on a CPU, once for "
+                f"each shape.\nUse carrier `quantwire`, or bits4-block-size={LARGEST_CPU_BLOCK} or less."
+            )
+        if on_cpu and k % block_size:
+            raise SpecError(
+                f"{self.format_id}: K={k} is not a multiple of block size {block_size}, and bitsandbytes' own layer "
                 "computes wrong values for it on a CPU.\nUse carrier `quantwire`."
             )
         compute = getattr(torch, q.meta["compute_dtype"]) if q.meta["compute_dtype"] else None
+        storage = q.tensors["qdata"].dtype
         layer: Any = bnb.nn.Linear4bit(
-            k, n, bias=bias is not None, compute_dtype=compute, quant_type=self.quant_type, device="meta"
+            k,
+            n,
+            bias=bias is not None,
+            compute_dtype=compute,
+            quant_type=self.quant_type,
+            quant_storage=storage,
+            device="meta",
         )
         copy = q.with_tensors({name: t.clone() for name, t in q.tensors.items()})
         state = self._state(copy, q.orig_dtype, q.orig_shape)
@@ -130,19 +187,33 @@ class BnbFourBit(Quantizer):
             copy.tensors["qdata"],
             requires_grad=False,
             quant_state=state,
-            blocksize=BLOCK_SIZE,
+            blocksize=block_size,
             compress_statistics=state.nested,
             quant_type=self.quant_type,
+            quant_storage=storage,
             module=layer,
             bnb_quantized=True,
         )
         layer.quant_state = state
-        if n % 32 or k % BLOCK_SIZE:
+        if n % 32 or k % block_size:
             layer.support_avx512bf16_for_cpu = False
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def _block_size(q: QuantizedWeight) -> int:
+    return int(q.meta.get("block_size", DEFAULT_BLOCK_SIZE))
+
+
+def _packed(q: QuantizedWeight) -> Tensor:
+    """(N*K/2, 1) uint8, whatever dtype the bytes are held as; the library's operators know only some of them."""
+    return q.tensors["qdata"].view(-1).view(torch.uint8).unsqueeze(1)
+
+
+def _storage(spec: QuantSpec) -> torch.dtype:
+    return getattr(torch, spec.option("bits4-quant-storage", "uint8"))
 
 
 def _library() -> Any:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...base import Availability, Kernel, Quantizer
+from ...kernels import forms, int8
+from ...kernels.choose import expanding
+from ...kernels.expand import Expansion, keeps_weights, linear
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint8 or gguf-q8-0."
 DEFAULT_THRESHOLD = 6.0
+INVERSE_SQUARE = 6.200124e-05  # 1 / 127**2 as the library writes it
 
 
 class BnbInt8(Quantizer):
@@ -47,15 +51,46 @@ class BnbInt8(Quantizer):
 
         return F.int8_vectorwise_dequant(q.tensors["qdata"], q.tensors["absmax"]).to(dtype)
 
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        return forms.integers(q.tensors["qdata"], q.tensors["absmax"].reshape(-1, 1) / 127)
+
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
-        return Kernel("bitsandbytes int8 x int8", "the library's own product", self._w8a8)
+        if device.type == "cuda":
+            return Kernel("bitsandbytes int8 x int8", "the library's fused product", self._by_library)
+        refusal = int8.refusal(device, q.orig_shape, tokens)
+        if refusal:
+            return expanding(self._form, refusal)
+        reason = "activations are quantized row by row, as the library does, which multiplies in float32 here"
+        return Kernel("int8 x int8, torch._int_mm", reason, self._w8a8)
 
     def _w8a8(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        """The library's W8A8 product; needs no `MatmulLtState`, so nothing is cached between calls.
+        """LLM.int8 as the library computes it: rows of x in int8, outlier columns in the dtype of x.
 
         With threshold 0 every activation becomes float16 on the way to int8, so values above 65504 overflow; above 0
         such columns are outliers and never leave the dtype of x.
         """
+        if keeps_weights(x):  # the integer product has no derivative
+            return linear(x, self._form(q), bias)
+        qdata, absmax = q.tensors["qdata"], q.tensors["absmax"]
+        threshold = float(q.meta["threshold"])
+        flat = x.reshape(-1, x.shape[-1])
+        half = flat.to(torch.float16)
+        columns = _outlier_columns(half, threshold)
+        if columns is not None:
+            half = half.clone() if half.data_ptr() == flat.data_ptr() else half
+            half.masked_fill_(half.abs() >= threshold, 0)
+        row_max = half.abs().amax(dim=1, keepdim=True).to(torch.float32)
+        x8 = int8.round_rows(half, (127.0 / row_max).masked_fill(row_max == 0, 0), -127)
+        if columns is not None and len(flat) > 1:
+            x8[:, columns] = 0
+        out = int8.scaled_mm(x8, row_max * INVERSE_SQUARE, qdata, absmax, bias, x.dtype)
+        if columns is not None:
+            weights = (qdata[:, columns] * (absmax.unsqueeze(1) / 127)).to(x.dtype)
+            out.addmm_(flat[:, columns], weights.t())
+        return out.reshape(*x.shape[:-1], qdata.shape[0])
+
+    def _by_library(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """Needs no `MatmulLtState`, so nothing is cached between calls."""
         import bitsandbytes.functional as F
 
         qdata, absmax = q.tensors["qdata"], q.tensors["absmax"]
@@ -85,3 +120,13 @@ class BnbInt8(Quantizer):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def _outlier_columns(x: Tensor, threshold: float) -> Tensor | None:
+    """Indices of the columns of x (M, K) with a value of at least `threshold`, or None."""
+    if threshold <= 0.0 or not x.numel():
+        return None
+    # The largest value of each column, without a mask as large as x.
+    low, high = torch.aminmax(x, dim=0)
+    columns = torch.nonzero(torch.maximum(-low, high) >= threshold).view(-1)
+    return columns if columns.numel() else None

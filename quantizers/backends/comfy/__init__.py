@@ -7,11 +7,15 @@ tensor is made from it without touching a value. Storage by format (up to n: rou
     comfy-fp8-e4m3fn, -e5m2   fp8 (N, K); scale float32 scalar
     comfy-nvfp4               uint8 (N up to 16, K up to 16, /2); block_scale e4m3; scale float32 scalar
     comfy-mxfp8               e4m3 (N up to 32, K up to 32); scale e8m0 per 32
-    comfy-int8                int8 (N, K); scale float32 (N, 1); -convrot: columns rotated in groups of 256 first
+    comfy-int8                int8 (N, K); scale float32 (N, 1), or a scalar with scale=tensor
+    comfy-int8-convrot        the same, columns rotated first in groups of 256 (or 16, 64)
     comfy-w4a4-convrot        int8 (N, K/2); scale float32 (N)
     comfy-w4a8                int8 (N, K/2); scale e4m3 (N, K/16), s_channel float32 (N), codebook float32 (16)
 
-The product here dequantizes; inside ComfyUI the host's own layers choose its fused kernels.
+Products here are weight only; inside ComfyUI the host's own layers choose its fused kernels.
+
+ComfyUI's `input_scale` is not set: it is a number for the activations, found by calibration with sample inputs, and an
+attribute of ComfyUI's layer rather than a part of the weight. Without it ComfyUI scales activations as they come.
 """
 
 from __future__ import annotations
@@ -23,17 +27,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...base import Availability, Quantizer
-from ...weight import QuantizedWeight, TensorMeta
+from ...base import Availability, Kernel, Quantizer
+from ...kernels.choose import EXPAND, int8_rows
+from ...kernels.expand import Expansion
+from ...provenance import SPEC_KEY
+from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
+from .expansion import rotated_back, rotated_linear, stored
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install comfy-kitchen`, or update ComfyUI, which brings it; or choose a bnb, quanto or gguf format."
-ROTATION = 256  # columns that ConvRot mixes; K must be a multiple
+DEFAULT_ROTATION = 256  # columns that ConvRot mixes; K must be a multiple
+INT4_GROUP = 64  # the kernel's; K must be a multiple
 
 
 @dataclass(frozen=True)
@@ -44,27 +53,29 @@ class NativeFormat:
         algo: ComfyUI's name in `comfy_quant`.
         layout: class name in comfy_kitchen.tensor.
         options: arguments of the layout's `quantize`.
-        k_multiple: what K must be a multiple of.
+        rotated: whether columns are rotated before.
+        divisor: what the scale of the whole tensor is its largest value divided by; 0 where rows or blocks have scales.
     """
 
     algo: str
     layout: str
     options: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
-    k_multiple: int = 1
+    rotated: bool = False
+    divisor: float = 0.0
 
 
-_ROTATED = {"convrot_groupsize": ROTATION}
+_FP8, _INT8 = "TensorCoreFP8Layout", "TensorWiseINT8Layout"
 FORMATS: dict[str, NativeFormat] = {
-    "comfy-fp8-e4m3fn": NativeFormat("float8_e4m3fn", "TensorCoreFP8Layout", {"dtype": torch.float8_e4m3fn}),
-    "comfy-fp8-e5m2": NativeFormat("float8_e5m2", "TensorCoreFP8Layout", {"dtype": torch.float8_e5m2}),
-    "comfy-nvfp4": NativeFormat("nvfp4", "TensorCoreNVFP4Layout"),
+    **{
+        f"comfy-{name}": NativeFormat(str(dtype)[6:], _FP8, {"dtype": dtype}, divisor=torch.finfo(dtype).max)
+        for name, dtype in (("fp8-e4m3fn", torch.float8_e4m3fn), ("fp8-e5m2", torch.float8_e5m2))
+    },
+    "comfy-nvfp4": NativeFormat("nvfp4", "TensorCoreNVFP4Layout", divisor=448.0 * 6.0),  # largest e4m3 x e2m1
     "comfy-mxfp8": NativeFormat("mxfp8", "TensorCoreMXFP8Layout"),
-    "comfy-int8": NativeFormat("int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True}),
-    "comfy-int8-convrot": NativeFormat(
-        "int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True, "convrot": True, **_ROTATED}, ROTATION
-    ),
-    "comfy-w4a4-convrot": NativeFormat("convrot_w4a4", "TensorCoreConvRotW4A4Layout", _ROTATED, ROTATION),
-    "comfy-w4a8": NativeFormat("asym_w4a8_int8", "AsymW4A8Int8Layout", {"group_size": 16, **_ROTATED}, ROTATION),
+    "comfy-int8": NativeFormat("int8_tensorwise", _INT8, {"per_channel": True}),
+    "comfy-int8-convrot": NativeFormat("int8_tensorwise", _INT8, {"per_channel": True, "convrot": True}, rotated=True),
+    "comfy-w4a4-convrot": NativeFormat("convrot_w4a4", "TensorCoreConvRotW4A4Layout", rotated=True),
+    "comfy-w4a8": NativeFormat("asym_w4a8_int8", "AsymW4A8Int8Layout", {"group_size": 16}, rotated=True),
 }
 
 
@@ -87,8 +98,13 @@ class Comfy(Quantizer):
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
-        if t.shape[1] % self.native.k_multiple:
-            return f"K={t.shape[1]} is not a multiple of {self.native.k_multiple}, the size of a rotation"
+        if not self.native.rotated:
+            return None
+        k, rotation = t.shape[1], _rotation(spec)
+        if k % rotation:
+            return f"K={k} is not a multiple of {rotation}, the size of a rotation"
+        if self.native.algo == "convrot_w4a4" and k % INT4_GROUP:
+            return f"K={k} is not a multiple of {INT4_GROUP}, the group of ComfyUI's int4 kernel"
         return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
@@ -102,15 +118,21 @@ class Comfy(Quantizer):
             rows, columns = _up(n, 32), _up(k, 32)
             return rows * columns + _up(rows, 128) * _up(columns // 32, 4)
         if self.native.algo == "int8_tensorwise":
-            return n * k + 4 * n
+            return n * k + (4 if _one_scale(spec) else 4 * n)
         if self.native.algo == "convrot_w4a4":
             return n * k // 2 + 4 * n
         return n * k // 2 + n * k // 16 + 4 * n + 4 * 16
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
         """See the package docstring for the tensors."""
-        # A clone, because some of these layouts scale or rotate in place.
-        qdata, params = self._layout.quantize(w.detach().clone().contiguous(), **self.native.options)
+        w = w.detach().contiguous()
+        options = self._options(spec)
+        qdata, params = self._layout.quantize(w, **options)
+        if self.native.divisor and not bool(params.scale):
+            # The scale of a weight of zeros, or in float16 of a tiny one, is 0 there, and dividing by it makes nan.
+            w = w.float()
+            scale = torch.amax(w.abs()) / self.native.divisor
+            qdata, params = self._layout.quantize(w, scale=scale.masked_fill(scale == 0, 1.0), **options)
         tensors: dict[str, Tensor] = {"qdata": qdata}
         meta: dict[str, Any] = {}
         for entry in dataclasses.fields(params):
@@ -121,16 +143,76 @@ class Comfy(Quantizer):
                 meta[entry.name] = value
         return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
 
+    def _options(self, spec: QuantSpec) -> dict[str, Any]:
+        options = dict(self.native.options)
+        if self.native.rotated:
+            options["convrot_groupsize"] = _rotation(spec)
+        if _one_scale(spec):
+            options["per_channel"] = False
+        return options
+
     def params(self, q: QuantizedWeight, dtype: torch.dtype, params_class: Any = None) -> Any:
         """The layout's parameter object on the tensors of `q`."""
         extra = {name: t for name, t in q.tensors.items() if name != "qdata"}
         cls = params_class or self._layout.Params
-        return cls(orig_dtype=dtype, orig_shape=tuple(q.orig_shape), **extra, **dict(q.meta))
+        meta = {name: value for name, value in q.meta.items() if name != SPEC_KEY}
+        return cls(orig_dtype=dtype, orig_shape=tuple(q.orig_shape), **extra, **meta)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         full = self._layout.dequantize(q.tensors["qdata"], self.params(q, dtype))
         n, k = q.orig_shape
         return full[:n, :k].to(dtype)
+
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        rotation = self._rotated_by(q)
+        source = stored(q, self.native.algo)
+        return rotated_back(source, rotation) if rotation else source
+
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        if self._rotated_by(q):
+            return Kernel(
+                f"rotate x, {EXPAND}", "turning the activations costs less than turning the weight", self._turned
+            )
+        if self.native.algo == "int8_tensorwise" and q.tensors["scale"].numel() > 1:
+            return int8_rows(_parts, self._form, q.orig_shape, device, dtype, tokens)
+        return super().kernel(q, device, dtype, tokens)
+
+    def _rotated_by(self, q: QuantizedWeight) -> int:
+        """Columns of a rotation; 0 where the weight is not rotated."""
+        return int(q.meta["convrot_groupsize"]) if self.native.rotated else 0
+
+    def _turned(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return rotated_linear(x, stored(q, self.native.algo), self._rotated_by(q), bias)
+
+    def to_native(self, q: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        """An `nn.Linear` on comfy-kitchen's `QuantizedTensor`, which chooses the product by its layout.
+
+        int8, w4a8 and w4a4 quantize activations too, to 8 or 4 bits a row; the others dequantize the weight.
+        """
+        tensors = {name: t.clone() for name, t in q.tensors.items()}
+        copy = q.with_tensors(tensors)
+        library = importlib.import_module("comfy_kitchen.tensor")
+        n, k = q.orig_shape
+        layer: Any = nn.Linear(k, n, bias=bias is not None, device="meta", dtype=q.orig_dtype)
+        params = self.params(copy, q.orig_dtype)
+        weight: Any = library.QuantizedTensor(tensors["qdata"], self.native.layout, params)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
+        return layer.eval()
+
+
+def _parts(q: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    return q.tensors["qdata"], q.tensors["scale"]
+
+
+def _rotation(spec: QuantSpec) -> int:
+    return int(spec.option("convrot-group-size", DEFAULT_ROTATION))
+
+
+def _one_scale(spec: QuantSpec) -> bool:
+    return spec.option("scale", "row") == "tensor"
 
 
 def _up(value: int, multiple: int) -> int:

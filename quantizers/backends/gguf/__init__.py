@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ...base import Availability, Quantizer
+from ...base import Availability, Kernel, Quantizer
+from ...kernels import forms
+from ...kernels.expand import Expansion, dequantized
 from ...weight import QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -78,9 +80,10 @@ class Gguf(Quantizer):
         return QuantizedWeight(self.format_id, {"qdata": qdata}, tuple(w.shape), w.dtype)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        qdata = q.tensors["qdata"]
-        values = _dequantize_q8_0(qdata) if self.type_name == "Q8_0" else _dequantize_q4_0(qdata)
-        return values.reshape(q.orig_shape).to(dtype)
+        return dequantized(_FORMS[self.type_name](q), dtype).reshape(q.orig_shape)
+
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        return _FORMS[self.type_name](q)
 
     def non_finite(self, q: QuantizedWeight) -> int:
         """From the scales where they tell it: a twentieth of the work of dequantizing."""
@@ -112,6 +115,12 @@ class GgufReader(Gguf):
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         return "this type can be loaded but not made"
 
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        return None
+
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        return Kernel("gguf numpy, F.linear", "this type is only read", self._dequantized)
+
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         import gguf
         import numpy as np
@@ -131,17 +140,17 @@ def _block(type_name: str) -> tuple[int, int]:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
 
 
-def _dequantize_q8_0(qdata: Tensor) -> Tensor:
-    """(N, K/32*34) uint8 -> (N*K/32, 32) float32."""
-    blocks = qdata.reshape(-1, BLOCK_NBYTES["Q8_0"])
-    d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
-    return d * blocks[:, 2:].contiguous().view(torch.int8)
+def _rows(q: QuantizedWeight) -> Tensor:
+    """Blocks by rows of K; files hold norms and biases in blocks too, and 5-D weights."""
+    return q.tensors["qdata"].reshape(q.numel // q.orig_shape[-1], -1)
 
 
-def _dequantize_q4_0(qdata: Tensor) -> Tensor:
-    """(N, K/32*18) uint8 -> (N*K/32, 32) float32."""
-    blocks = qdata.reshape(-1, BLOCK_NBYTES["Q4_0"])
-    d = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
-    packed = blocks[:, 2:]
-    nibbles = torch.cat([packed & 0xF, packed >> 4], dim=1).to(torch.int8) - 8
-    return d * nibbles
+def _q8_0(q: QuantizedWeight) -> Expansion:
+    return forms.q8_0(_rows(q), q.orig_shape[-1])
+
+
+def _q4_0(q: QuantizedWeight) -> Expansion:
+    return forms.q4_0(_rows(q), q.orig_shape[-1])
+
+
+_FORMS = {"Q8_0": _q8_0, "Q4_0": _q4_0}

@@ -1,14 +1,14 @@
-"""optimum-quanto >= 0.2.7 (Apache-2.0): weight-only int8, float8 e4m3 and 4-bit.
+"""optimum-quanto >= 0.2.7 (Apache-2.0): weight-only int8, float8, 4-bit and 2-bit.
 
-8-bit: row i is `qdata[i] * scale[i]`. qint4: groups of up to 128 along K; value = `scale[g] * nibble - shift[g]`, and
-the packed byte holds group row g in its low nibble and group row g + G/2 in its high one (the library packs along the
-first axis). Scales and shifts have the weight's dtype, as the library makes them.
+8-bit: row i is `qdata[i] * scale[i]`. qint4 and qint2: groups of up to 128 along K; value = `scale[g] * code -
+shift[g]`. The library packs along the first axis: of P codes a byte, the lowest bits hold group row g, the next ones
+group row g + G/P, and so on. Scales and shifts have the weight's dtype, as the library makes them.
 
 Quantizing is the library's own (the optimizers and `quantize_weight` that `QLinear.freeze` calls), except that a scale
 of 0 becomes 1: a row of equal values has the scale 0 there, and dividing by it makes nan of float8 rows of zeros. The
-8-bit product is the library's `quanto::qbytes_mm`. 4-bit is unpacked here with torch operations, bit-equal to the
-library's: its own unpacking compiles a C++ extension at the first float32 forward pass (48 s measured) and fails
-without a compiler.
+8-bit product on CUDA is the library's `quanto::qbytes_mm`. 4 and 2 bits are unpacked here with torch operations,
+bit-equal to the library's: its own unpacking compiles a C++ extension at the first forward pass (48 s measured) and
+fails without a compiler.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -22,12 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from ...base import Availability, Kernel, Quantizer
+from ...errors import SpecError
+from ...kernels import forms
+from ...kernels.choose import int8_rows
+from ...kernels.expand import Expansion
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
+# torch._weight_int8pack_mm (2.13), to which quanto sends bfloat16 products of int8 weights on a CPU, reads past the end
+# of the weight where K is no multiple of this: wrong values, or the process dies.
+INT8PACK_MULTIPLE = 16
 INSTALL = "Run `pip install optimum-quanto`, or choose bnb-int8, bnb-nf4 or a gguf format."
 
 
@@ -39,10 +46,18 @@ class Quanto(Quantizer):
     def __init__(self, format_id: str) -> None:
         self.format_id = format_id
         self.qtype_name = format_id.removeprefix("quanto-").replace("-", "_")  # qint8, qint4, qfloat8_e4m3fn
+        self.bits = {"qint4": 4, "qint2": 2}.get(self.qtype_name, 8)
 
     @property
     def _packed(self) -> bool:
-        return self.qtype_name == "qint4"
+        return self.bits < 8
+
+    def _group(self, spec: QuantSpec, k: int) -> int | None:
+        """Elements a group, or None where no group fits."""
+        chosen = spec.option("group-size", None)
+        if chosen is None:
+            return group_size(k)
+        return int(chosen) if k % int(chosen) == 0 else None
 
     def probe(self) -> Availability:
         return probe_package(self, "optimum-quanto", (0, 2, 7), INSTALL)
@@ -50,28 +65,33 @@ class Quanto(Quantizer):
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
-        if self._packed and group_size(t.shape[1]) is None:
-            return f"K={t.shape[1]} is not a multiple of 32, the smallest group"
-        if self._packed and t.shape[0] == 1 and group_size(t.shape[1]) == t.shape[1]:
-            return f"N=1 with K={t.shape[1]} is a single group, for which quanto stores one scale a value"
+        if not self._packed:
+            return None
+        n, k = t.shape
+        group, chosen = self._group(spec, k), spec.option("group-size", None)
+        if group is None:
+            return f"K={k} is not a multiple of {f'group-size {chosen}' if chosen else '32, the smallest group'}"
+        if n * k == group:
+            return f"N=1 with K={k} is a single group, for which quanto stores one scale a value"
         return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         n, k = t.shape
         if not self._packed:
             return n * k + n * t.dtype.itemsize
-        group = group_size(k) or k
+        group = self._group(spec, k) or k
         groups = n * k // group
-        return -(-groups // 2) * group + 2 * groups * t.dtype.itemsize
+        return -(-groups * self.bits // 8) * group + 2 * groups * t.dtype.itemsize
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
-        """8-bit: qdata (N, K), scale (N, 1). qint4: qdata (ceil(G/2), group) uint8, scale and shift (G, 1)."""
+        """8-bit: qdata (N, K), scale (N, 1). P codes a byte: qdata (ceil(G/P), group) uint8, scale and shift (G, 1)."""
         quanto = _library()
         n, k = w.shape
         w, qtype = w.detach().contiguous(), quanto.qtypes[self.qtype_name]
         # optimized=False below: the plain packing that files hold, not one chosen for this device.
         if self._packed:
-            group = group_size(k) if k > 128 else None  # None is the library's word for one group a row
+            group = self._group(spec, k)
+            group = None if group == k else group  # None is the library's word for one group a row
             scale, shift = quanto.MaxOptimizer()(w, qtype=qtype, axis=0, group_size=group)
             scale = _without_zeros(scale)
             q: Any = quanto.quantize_weight(w, qtype, 0, scale, shift, group_size=group, optimized=False)
@@ -88,15 +108,36 @@ class Quanto(Quantizer):
             return (t["scale"] * t["qdata"].to(t["scale"].dtype)).to(dtype)
         packed = t["qdata"]
         rows = t["scale"].shape[0]
-        values = torch.cat([packed & 0xF, packed >> 4])[:rows]
+        codes = [(packed >> shift) & (2**self.bits - 1) for shift in range(0, 8, self.bits)]
+        values = torch.cat(codes)[:rows]
         return (t["scale"] * values - t["shift"]).reshape(q.orig_shape).to(dtype)
+
+    def form(self, q: QuantizedWeight) -> Expansion | None:
+        t = q.tensors
+        if self._packed:
+            return forms.halves(t["qdata"], self.bits, (q.orig_shape[0], q.orig_shape[1]), t["scale"], -t["shift"])
+        if self.qtype_name == "qint8":
+            return forms.integers(t["qdata"], t["scale"])
+        return forms.float8(t["qdata"], t["scale"])
 
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
         # The library's product wants activations in the dtype of the scales; casting scales to the dtype of x instead
-        # would lose up to 0.4 % of each row in bfloat16, or the row where float16 underflows.
-        if self._packed or dtype != q.tensors["scale"].dtype:
-            return super().kernel(q, device, dtype, tokens)
-        return Kernel("quanto qbytes_mm", "the library's own product", self._qbytes_mm)
+        # would lose up to 0.4 % of each row in bfloat16, or the row where float16 underflows. On a CPU it is slower
+        # than expanding at every number of tokens, and for float8 it dequantizes as eager code does.
+        if device.type == "cuda" and not self._packed and dtype == q.tensors["scale"].dtype:
+            return Kernel("quanto qbytes_mm", "the library's fused product", self._qbytes_mm)
+        if self.qtype_name == "qint8":
+            return int8_rows(_parts, self._form, q.orig_shape, device, dtype, tokens)
+        return super().kernel(q, device, dtype, tokens)
+
+    def _overruns(self, k: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether quanto's product reads past the weight: see `INT8PACK_MULTIPLE`."""
+        return (
+            self.qtype_name == "qint8"
+            and dtype is torch.bfloat16
+            and device.type == "cpu"
+            and k % INT8PACK_MULTIPLE != 0
+        )
 
     def _qbytes_mm(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         _library()  # registers quanto::qbytes_mm
@@ -108,12 +149,21 @@ class Quanto(Quantizer):
         """A frozen `QLinear` on the same quantized values.
 
         In bfloat16 with groups of 128, quanto repacks 4-bit weights for PyTorch's int4 kernel, which rounds differently
-        (relative difference up to 0.01) and needs N divisible by 16; other N keep the plain packing here.
+        (relative difference up to 0.01) and needs N divisible by 16; other N keep the plain packing here. The plain
+        packing of 4 and 2 bits compiles C++ at the first forward pass.
+
+        Raises:
+            SpecError: qint8 in bfloat16 on a CPU with a K for which quanto's product overruns (`INT8PACK_MULTIPLE`).
         """
         from optimum.quanto.tensor.packed import PackedTensor
 
         quanto = _library()
         n, k = q.orig_shape
+        if self._overruns(k, q.orig_dtype, q.tensors["qdata"].device) and k % 4 == 0:  # it checks for 4 itself
+            raise SpecError(
+                f"{self.format_id}: K={k} is not a multiple of {INT8PACK_MULTIPLE}, and quanto's own bfloat16 product "
+                "on a CPU then reads past the weight.\nUse carrier `quantwire`."
+            )
         t = {name: tensor.clone() for name, tensor in q.tensors.items()}
         qtype = quanto.qtypes[self.qtype_name]
         source = nn.Linear(k, n, bias=bias is not None, device="meta", dtype=q.orig_dtype)
@@ -123,11 +173,12 @@ class Quanto(Quantizer):
         if self._packed:
             group = q.meta["group_size"]
             grouped = torch.Size((n * k // (group or k), group or k))
-            data = PackedTensor(t["qdata"], 4, grouped, (grouped[1], 1))
+            layer.weight_group_size = group  # what a later load of a state dict goes by
+            data = PackedTensor(t["qdata"], self.bits, grouped, (grouped[1], 1))
             weight: Any = quanto.WeightQBitsTensor(
                 qtype, 0, group, torch.Size((n, k)), (k, 1), data, t["scale"], t["shift"]
             )
-            if n % 16 == 0:
+            if self.bits == 4 and n % 16 == 0:
                 weight = weight.optimize()  # the device's own packing, as `QLinear.freeze` would choose
         else:
             axis, scale = (0, t["scale"]) if n > 1 else (None, t["scale"].reshape(()))
@@ -137,6 +188,10 @@ class Quanto(Quantizer):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def _parts(q: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    return q.tensors["qdata"], q.tensors["scale"]
 
 
 def _library() -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 # The library's own result on a weight: its tensors under our names, and the weight that it dequantizes to in float32.
 Library = Callable[[Tensor], tuple[Mapping[str, Tensor], Tensor]]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,14 @@ class Case:
             costs by default; more for formats that quantize activations.
         native: largest relative difference between the output of `to_native`'s layer and ours; None where the format
             has no such layer and `to_native` must refuse. `native_why` says where a difference above 0 comes from.
+        native_dtypes: dtypes of the weight in which the native layer's output is compared; say beside it why one is
+            missing. The layer itself is made and looked at in every dtype.
         refused: shape -> how the reason begins, for shapes that must be refused; shapes with "" must work. Every case
             is tried with more shapes beside: each must work or be refused with a reason that names N or K.
         zeros_exact: False only where the library itself does not give zeros for a row of zeros; say why beside it.
         overflow: whether a weight of 1e8 is beyond the format and must be refused as such.
         compiles: whether torch.compile(fullgraph=False) of the layer must give the eager result (see `product`).
+        shape: (N, K) of the checks that are not about shapes.
     """
 
     uri: str
@@ -37,7 +43,9 @@ class Case:
     product: float = 0.006
     native: float | None = None
     native_why: str = ""
+    native_dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     refused: Mapping[tuple[int, ...], str] = field(default_factory=lambda: dict[tuple[int, ...], str]())
     zeros_exact: bool = True
     overflow: bool = False
     compiles: bool = True
+    shape: tuple[int, int] = (64, 256)

@@ -10,20 +10,24 @@ import json
 
 
 class ProbeLoad:
+    """`after` is any output that must exist before: it puts several loads of one model in one graph in order."""
+
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "force"
     CATEGORY = "probe"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "mode": (["default", "partial", "novram"],)}}
+        required = {"model": ("MODEL",), "mode": (["default", "partial", "novram"],)}
+        return {"required": required, "optional": {"after": ("LATENT",)}}
 
-    def force(self, model, mode):
-        if mode == "default":
-            return (model,)
+    def force(self, model, mode, after=None):
         import comfy.model_management
 
-        comfy.model_management.unload_all_models()
+        if mode != "default" or after is not None:
+            comfy.model_management.unload_all_models()
+        if mode == "default":
+            return (model,)
         forced = model.clone()
 
         def partially_load(device, extra_memory=0, force_patch_weights=False):
@@ -37,8 +41,8 @@ class ProbeLoad:
         return (forced,)
 
 
-class ProbeModel:
-    """Facts about a model object as JSON."""
+class ProbeFormats:
+    """Why each format cannot run in this Python, empty where it can; as JSON."""
 
     RETURN_TYPES = ()
     FUNCTION = "tell"
@@ -47,13 +51,40 @@ class ProbeModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
+        return {"required": {}}
+
+    def tell(self):
+        registry = _pack_module("quantizers.registry")
+        states = {name: registry.availability(name) for name in registry.format_ids()}
+        found = {name: "" if state.works else state.reason for name, state in states.items()}
+        return {"ui": {"text": [json.dumps(found)]}}
+
+
+def _pack_module(name):
+    import importlib
+    import sys
+
+    pack = next(module for module in sys.modules if module.endswith("custom_nodes/quantwire"))
+    return importlib.import_module(f"{pack}.{name}")
+
+
+class ProbeModel:
+    """Facts about a model object as JSON; with `after`, as it is once that output exists."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "tell"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
 
     @classmethod
-    def IS_CHANGED(cls, model):
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("LATENT",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, model, after=None):
         return float("nan")
 
-    def tell(self, model):
+    def tell(self, model, after=None):
         layers = [m for m in model.model.diffusion_model.modules() if hasattr(m, "quant_format")]
         facts = {
             "size": model.model_size(),
@@ -61,6 +92,9 @@ class ProbeModel:
             "quantized_layers": len(layers),
             "lowvram_patches": model.lowvram_patch_counter(),
             "cached": model.cached_patcher_init is not None,
+            "merged": len(model.backup),
+            "tensors": sorted({n for m in layers for n in getattr(m.weight._params, "_tensor_fields", list)()}),
+            "meta": [dict(getattr(m.weight._params, "meta", ())) for m in layers[:1]],
         }
         return {"ui": {"text": [json.dumps(facts)]}}
 
@@ -144,14 +178,11 @@ class ProbeMemory:
 
     def tell(self, model, state, device):
         import dataclasses
-        import importlib
-        import sys
 
         import comfy.model_management as mm
         import torch
 
-        pack = next(name for name in sys.modules if name.endswith("custom_nodes/quantwire"))
-        memory = importlib.import_module(f"{pack}.hosts.comfyui.memory")
+        memory = _pack_module("hosts.comfyui.memory")
         before = mm.vram_state, mm.get_torch_device
         try:
             if state != "as it is":
@@ -163,4 +194,6 @@ class ProbeMemory:
         return {"ui": {"text": [json.dumps(found)]}}
 
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ProbeLoad, ProbeModel, ProbeRemake, ProbeControlNet, ProbeMemory)}
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls for cls in (ProbeLoad, ProbeFormats, ProbeModel, ProbeRemake, ProbeControlNet, ProbeMemory)
+}

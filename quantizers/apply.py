@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from .compat.modes import Carrier
 from .dequantize import quantized_layers
 from .errors import QuantwireError, SpecError, WeightError
-from .plan import Action, Decision, QuantPlan, Slot, make_plan
+from .kernels.compare import finite
+from .plan import Action, Decision, QuantPlan, Slot, make_plan, refusal_of
 from .provenance import remember
 from .registry import require
 from .report import Entry, QuantReport, measure
@@ -268,16 +270,15 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     meta = TensorMeta(name, tuple(w.shape), w.dtype)
     if w.dtype not in FLOAT_DTYPES:
         raise WeightError(f"'{name}': dtype is {w.dtype}, expected float32, float16 or bfloat16.")
-    refusal = quantizer.refuse(spec, meta)
+    refusal = refusal_of(quantizer, spec, meta)
     if refusal:
         raise SpecError(f"'{name}': {spec.format_id}: {refusal}.")
     check_finite(name, w)
     weight = remember(quantizer.quantize(w, spec), spec)
-    restored = quantizer.dequantize(weight, torch.float32)
-    # A finite sum has finite terms, and needs no mask as large as the weight.
-    if not bool(torch.isfinite(restored.sum())) and not bool(torch.isfinite(restored).all()):
-        raise WeightError(f"'{name}': {spec.format_id} gives non-finite values; the weight exceeds its range.")
+    restored = quantizer.form(weight) or quantizer.dequantize(weight, torch.float32)
     entry = measure(name, "linear weight", w, restored, weight.nbytes)
+    if not math.isfinite(entry.noise) or not all(finite(t) for t in weight.tensors.values()):
+        raise WeightError(f"'{name}': {spec.format_id} gives non-finite values; the weight exceeds its range.")
     kernel = quantizer.kernel(weight, w.device, w.dtype, REPORTED_TOKENS)
     return weight, dataclasses.replace(entry, format_id=spec.format_id, kernel=f"{kernel.name}: {kernel.reason}")
 

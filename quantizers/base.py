@@ -71,10 +71,11 @@ class Quantizer:
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
         """The kernel for this weight and activations of `tokens` rows in `dtype` on `device`, and why.
 
-        Reads shapes and dtypes of `q` only, so it costs microseconds and can be asked without a product.
+        Can be asked without a product, and of a weight on the meta device.
         """
-        if self.form(q) is not None:
-            return expanding(self._form)
+        form = self.form(q)
+        if form is not None:
+            return expanding(lambda weight: form if weight is q else self._form(weight))
         return Kernel("dequantize, F.linear", "the format has no other product here", self._dequantized)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:

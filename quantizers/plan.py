@@ -188,10 +188,17 @@ def _why_kept(hit: Hit) -> str:
 
 
 def _quantized(meta: TensorMeta, spec: QuantSpec, quantizer: Quantizer, reason: str) -> Decision:
-    refusal = quantizer.refuse(spec, meta)
+    refusal = refusal_of(quantizer, spec, meta)
     if refusal:
         return Decision(meta, Action.REFUSE, f"{spec.format_id}: {refusal}", meta.nbytes, spec)
     return Decision(meta, Action.QUANTIZE, reason, quantizer.predict_nbytes(spec, meta), spec)
+
+
+def refusal_of(quantizer: Quantizer, spec: QuantSpec, meta: TensorMeta) -> str | None:
+    """Why a tensor cannot be quantized so, or None; what no format takes, and what this one does not."""
+    if len(meta.shape) == 2 and not meta.numel:
+        return f"N={meta.shape[0]} by K={meta.shape[1]} holds no values"
+    return quantizer.refuse(spec, meta)
 
 
 def sensitive_reason(layer: str) -> str | None:

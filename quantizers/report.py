@@ -10,11 +10,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .kernels.compare import compare
+from .kernels.expand import Expansion
+
 MIB = 1024 * 1024
-BLOCK_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,19 +144,12 @@ def merge(reports: list[QuantReport]) -> QuantReport:
     return merged
 
 
-def measure(name: str, reason: str, w: Tensor, restored: Tensor, nbytes_out: int) -> Entry:
-    """Compare a weight with its dequantized form (both (N, K)); sums in float32 per row, then float64."""
-    signal = noise = max_error = 0.0
-    # By blocks of rows: as a whole the differences would take several times the memory of the weight.
-    rows = max(1, BLOCK_NUMEL * w.shape[0] // max(1, w.numel()))
-    for at in range(0, w.shape[0], rows):
-        w32 = w[at : at + rows].to(torch.float32)
-        error = w32 - restored[at : at + rows].to(torch.float32)
-        signal += float(w32.square().sum(-1).double().sum())
-        noise += float(error.square().sum(-1).double().sum())
-        max_error = max(max_error, float(error.abs().max())) if error.numel() else max_error
+def measure(name: str, reason: str, w: Tensor, restored: Expansion | Tensor, nbytes_out: int) -> Entry:
+    """Compare a weight (N, K) with its quantized form; `noise` is not finite where the form is not."""
+    d = compare(w, restored)
     nbytes_in = w.numel() * w.element_size()
-    return Entry(name, "quantize", reason, nbytes_in, nbytes_out, _ratio_db(signal, noise), max_error, signal, noise)
+    ratio = _ratio_db(d.signal, d.noise)
+    return Entry(name, "quantize", reason, nbytes_in, nbytes_out, ratio, d.max_error, d.signal, d.noise)
 
 
 def _ratio_db(signal: float, noise: float) -> float | None:

@@ -106,6 +106,12 @@ def test_other_dtypes_are_refused(subject: Subject) -> None:
     weight_checks.check_other_dtypes(subject)
 
 
+@every_dtype
+@every_subject
+def test_expands_by_blocks_to_the_same_weight(subject: Subject, dtype: torch.dtype) -> None:
+    weight_checks.check_form(subject, dtype)
+
+
 @every_subject
 def test_shapes_that_are_not_linear_are_refused(subject: Subject) -> None:
     weight_checks.check_not_linear(subject)

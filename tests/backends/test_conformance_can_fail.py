@@ -14,6 +14,7 @@ from cases.absent import run_without
 from cases.subject import Subject, values
 from quantwire.quantizers import apply
 from quantwire.quantizers.base import Kernel, Quantizer
+from quantwire.quantizers.kernels.expand import Expansion
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
 from torch import Tensor, nn
@@ -134,6 +135,21 @@ def another_bias(layer: Any, *_: Any) -> nn.Module:
     return layer
 
 
+def overflow_ignored(patch: pytest.MonkeyPatch, _: Quantizer) -> None:
+    """Both nets away: the scales, and the difference to the original."""
+    patch.setattr(apply, "finite", lambda _: True)
+    measure = apply.measure
+    patch.setattr(apply, "measure", lambda *a: dataclasses.replace(measure(*a), noise=0.0))
+
+
+def other_expansion(form: Expansion, *_: Any) -> Expansion:
+    def fill(out: Tensor, start: int, stop: int) -> None:
+        form.fill(out, start, stop)
+        out.mul_(1.1)
+
+    return dataclasses.replace(form, fill=fill)
+
+
 LINES: dict[str, tuple[Made, Break]] = {
     "one bit": (weight_checks.check_library, tensors(one_bit)),
     "one tensor more": (weight_checks.check_library, tensors(lambda t: t | {"more": t["qdata"]})),
@@ -166,7 +182,8 @@ LINES: dict[str, tuple[Made, Break]] = {
     "strides ignored": (weight_checks.check_contiguity, weight(as_if_contiguous)),
     "zeros that are not": (weight_checks.check_zeros, result("dequantize", lambda w, *_: w + 1e-6)),
     "nan let through": (weight_checks.check_damaged, attribute(apply, "check_finite", lambda *_: None)),
-    "overflow let through": (weight_checks.check_overflow, result("dequantize", lambda w, *_: w.nan_to_num())),
+    "overflow let through": (weight_checks.check_overflow, overflow_ignored),
+    "an expansion that is off": (weight_checks.check_form, result("form", other_expansion)),
     "other dtypes let through": (
         weight_checks.check_other_dtypes,
         attribute(apply, "FLOAT_DTYPES", (*apply.FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn, torch.float64)),

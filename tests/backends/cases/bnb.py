@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .case import Case, Library
+from .case import ROUNDING, Case, Library
 
 ODD = {(64, 33): "K=33 is odd, and two values share a byte", (5, 34): "", (1, 256): "", (33, 64): ""}
 ANY = {(64, 33): "", (1, 33): "", (5, 34): ""}
@@ -60,8 +60,8 @@ def case(uri: str, sqnr_db: float, library: Library, native: float | None = 0.00
 
 
 CASES: list[Case] = [
-    Case("bnb-int8", 41, int8, product=0.03, native=0.0, refused=ANY, overflow=True),
-    Case("bnb-int8;int8-threshold=0", 41, int8, product=0.03, native=0.0, refused=ANY, overflow=True),
+    Case("bnb-int8", 41, int8, product=0.03, native=ROUNDING, refused=ANY, overflow=True),
+    Case("bnb-int8;int8-threshold=0", 41, int8, product=0.03, native=ROUNDING, refused=ANY, overflow=True),
     case("bnb-nf4", 19.5, four_bit("nf4")),
     case("bnb-fp4", 17, four_bit("fp4")),
     case("bnb-nf4;bits4-use-double-quant=true", 19.5, four_bit("nf4", nested=True)),

@@ -11,6 +11,8 @@ from torch import Tensor
 # The library's own result on a weight: its tensors under our names, and the weight that it dequantizes to in float32.
 Library = Callable[[Tensor], tuple[Mapping[str, Tensor], Tensor]]
 
+# For products that round to the dtype of x at another step than the library's: about the width of its last bit.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -25,8 +27,9 @@ class Case:
             dequantized values must be bit-equal to ours. Runs the library's public path, not our code.
         product: largest relative error (Frobenius norm) of `linear` against float32 x @ dequantized.T: what bfloat16
             costs by default; more for formats that quantize activations.
-        native: largest relative difference between the output of `to_native`'s layer and ours; None where the format
-            has no such layer and `to_native` must refuse. `native_why` says where a difference above 0 comes from.
+        native: largest relative difference between the output of `to_native`'s layer and ours, for all dtypes of the
+            weight or for each; None where the format has no such layer and `to_native` must refuse. `native_why` says
+            where a difference above 0 comes from.
         native_dtypes: dtypes of the weight in which the native layer's output is compared; say beside it why one is
             missing. The layer itself is made and looked at in every dtype.
         refused: shape -> how the reason begins, for shapes that must be refused; shapes with "" must work. Every case
@@ -41,7 +44,7 @@ class Case:
     sqnr_db: float
     library: Library
     product: float = 0.006
-    native: float | None = None
+    native: float | Mapping[torch.dtype, float] | None = None
     native_why: str = ""
     native_dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     refused: Mapping[tuple[int, ...], str] = field(default_factory=lambda: dict[tuple[int, ...], str]())

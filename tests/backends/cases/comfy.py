@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .case import Case, Library
+from .case import ROUNDING, Case, Library
 
 ANY = {(64, 33): "", (1, 256): "", (5, 34): "", (1, 33): ""}
 ROTATED = {(64, 64): "K=64 is not a multiple of 256, the size of a rotation", (33, 256): "", (1, 512): ""}
@@ -48,7 +48,7 @@ BY_16_GROUP_64 = {
 CASES: list[Case] = [
     Case("comfy-fp8-e4m3fn", 30, tensor(FP8, dtype=torch.float8_e4m3fn), native=0.0, refused=ANY),
     Case("comfy-fp8-e5m2", 24.5, tensor(FP8, dtype=torch.float8_e5m2), native=0.0, refused=ANY),
-    Case("comfy-nvfp4", 19.5, tensor("TensorCoreNVFP4Layout"), native=0.0, refused=ANY),
+    Case("comfy-nvfp4", 19.5, tensor("TensorCoreNVFP4Layout"), native=ROUNDING, refused=ANY),
     Case("comfy-mxfp8", 30, tensor("TensorCoreMXFP8Layout"), native=0.0, refused=ANY),
     Case("comfy-int8", 40.5, tensor(INT8, per_channel=True), refused=ANY, **EIGHT),
     Case("comfy;type=int8;scale=tensor", 37, tensor(INT8), refused=ANY, **EIGHT),

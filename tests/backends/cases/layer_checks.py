@@ -152,11 +152,13 @@ def check_native(subject: Subject, dtype: torch.dtype) -> None:
         with pytest.raises(SpecError, match=rf"^{subject.format_id}: "):
             subject.native(q, b)
         return
+    native = subject.case.native
+    most = native if isinstance(native, float) else native[dtype]
     for bias in (None, b):
         layer = subject.native(q, bias)
         check_guarded(layer, q, bias)
         if dtype in subject.case.native_dtypes:
-            check_native_output(layer, q, bias, subject.x(dtype, 2, 5), subject.case.native)
+            check_native_output(layer, q, bias, subject.x(dtype, 2, 5), most)
 
 
 def check_guarded(layer: nn.Module, q: QuantizedWeight, bias: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .case import Case, Library
+from .case import ROUNDING, Case, Library
 
 ANY = {(64, 33): "", (1, 256): "", (1, 33): ""}
 GROUPED = {
@@ -67,13 +67,24 @@ def by(group: int) -> dict[tuple[int, ...], str]:
 NO_COMPILER: dict[str, Any] = {"native_dtypes": (torch.bfloat16,), "native_why": REPACKED}
 COMPILES: dict[str, Any] = {"native": 0.01, "native_dtypes": ()}
 
+# The library computes scale * code - shift in bfloat16, our product in float32.
+SHIFTED = 0.008
+
 CASES: list[Case] = [
-    Case("quanto-qint8", 41, frozen("qint8"), native=0.0, refused=ANY),
-    Case("quanto-qfloat8-e4m3fn", 30, frozen("qfloat8_e4m3fn"), native=0.0, refused=ANY),
-    Case("quanto-qfloat8-e5m2", 24.5, frozen("qfloat8_e5m2"), native=0.0, refused=ANY),
-    Case("quanto-qint4", 18.5, packed("qint4"), native=0.01, refused=GROUPED, **NO_COMPILER),
-    Case("quanto-qint4;group-size=32", 20.5, packed("qint4", 32), refused=by(32), **COMPILES),
-    Case("quanto-qint4;group-size=96", 19, packed("qint4", 96), refused=by(96), shape=(64, 192), **COMPILES),
+    Case("quanto-qint8", 41, frozen("qint8"), native=ROUNDING, refused=ANY),
+    Case("quanto-qfloat8-e4m3fn", 30, frozen("qfloat8_e4m3fn"), native=ROUNDING, refused=ANY),
+    Case("quanto-qfloat8-e5m2", 24.5, frozen("qfloat8_e5m2"), native=ROUNDING, refused=ANY),
+    Case("quanto-qint4", 18.5, packed("qint4"), native=0.01, product=SHIFTED, refused=GROUPED, **NO_COMPILER),
+    Case("quanto-qint4;group-size=32", 20.5, packed("qint4", 32), product=SHIFTED, refused=by(32), **COMPILES),
+    Case(
+        "quanto-qint4;group-size=96",
+        19,
+        packed("qint4", 96),
+        product=SHIFTED,
+        refused=by(96),
+        shape=(64, 192),
+        **COMPILES,
+    ),
     Case("quanto-qint2", 5, packed("qint2"), refused=GROUPED, **COMPILES),
     Case("quanto-qint2;group-size=32", 7, packed("qint2", 32), refused=by(32), **COMPILES),
     Case("quanto-qint2;group-size=64", 5.8, packed("qint2", 64), refused=by(64), **COMPILES),

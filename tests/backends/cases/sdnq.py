@@ -9,7 +9,7 @@ import torch
 from quantwire.quantizers.backends.sdnq.library import library
 from torch import Tensor, nn
 
-from .case import Case, Library
+from .case import ROUNDING, Case, Library
 
 THEIR_NAMES = {
     "weight": "qdata",
@@ -52,19 +52,19 @@ ANY = {(3, 33): "", (1, 34): "", (5, 34): "", (1, 256): "", **EVEN}
 MATMUL = 0.02  # activations are quantized to 8 bits too
 
 CASES: list[Case] = [
-    Case("sdnq-int8", 41, by_library("int8"), native=0.0, refused=ANY),
-    Case("sdnq-uint8", 42, by_library("uint8"), native=0.0, refused=ANY),
+    Case("sdnq-int8", 41, by_library("int8"), native=ROUNDING, refused=ANY),
+    Case("sdnq-uint8", 42, by_library("uint8"), native=ROUNDING, refused=ANY),
     Case("sdnq-int6", 29, by_library("int6"), native=0.0, refused=FOURS),
     Case("sdnq-uint6", 30, by_library("uint6"), native=0.0, refused=FOURS),
     Case("sdnq-int5", 23, by_library("int5"), native=0.0, refused=EIGHTS),
     Case("sdnq-uint5", 24, by_library("uint5"), native=0.0, refused=EIGHTS),
-    Case("sdnq-int4", 17, by_library("int4"), native=0.0, refused=TWOS),
-    Case("sdnq-uint4", 19, by_library("uint4"), native=0.0, refused=TWOS),
+    Case("sdnq-int4", 17, by_library("int4"), native=ROUNDING, refused=TWOS),
+    Case("sdnq-uint4", 19, by_library("uint4"), native=ROUNDING, refused=TWOS),
     Case("sdnq-uint3", 13.5, by_library("uint3"), native=0.0, refused=EIGHTS),
     Case("sdnq-uint2", 8, by_library("uint2"), native=0.0, refused=FOURS),
-    Case("sdnq-float8-e4m3fn", 30, by_library("float8_e4m3fn"), native=0.0, refused=ANY),
-    Case("sdnq-float4-e2m1fn", 17, by_library("float4_e2m1fn"), native=0.0, refused=TWOS),
-    Case("sdnq;type=uint4;group-size=32", 20, by_library("uint4", group_size=32), native=0.0, refused=TWOS),
+    Case("sdnq-float8-e4m3fn", 30, by_library("float8_e4m3fn"), native=ROUNDING, refused=ANY),
+    Case("sdnq-float4-e2m1fn", 17, by_library("float4_e2m1fn"), native=ROUNDING, refused=TWOS),
+    Case("sdnq;type=uint4;group-size=32", 20, by_library("uint4", group_size=32), native=ROUNDING, refused=TWOS),
     Case(
         "sdnq;type=uint4;use-hadamard=true",
         19,
@@ -76,7 +76,7 @@ CASES: list[Case] = [
         "sdnq;type=uint4;use-svd=true;svd-rank=16",
         19,
         by_library("uint4", use_svd=True, svd_rank=16),
-        native=0.0,
+        native=ROUNDING,
         zeros_exact=False,  # the factors of the SVD give a row of zeros the rounding errors of its singular vectors
         refused={
             (7, 160): "svd-rank 16: its factors alone are as large as the weight of N=7 by K=160",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from quantwire.hosts.standalone.native_gguf import make_gguf_linear
 from quantwire.quantizers.base import Quantizer
+from quantwire.quantizers.plan import refusal_of
 from quantwire.quantizers.registry import availability, get_entry, get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight, TensorMeta
@@ -56,7 +57,7 @@ class Subject:
         return values(*rows, self.case.shape[1], seed=2, dtype=dtype)
 
     def refuse(self, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-        return self.quantizer.refuse(self.spec, TensorMeta("w.weight", shape, dtype))
+        return refusal_of(self.quantizer, self.spec, TensorMeta("w.weight", shape, dtype))
 
     def quantize(self, w: Tensor) -> QuantizedWeight:
         return self.quantizer.quantize(w, self.spec)

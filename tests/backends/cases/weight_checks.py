@@ -17,6 +17,7 @@ import torch
 from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.formats import BACKENDS
+from quantwire.quantizers.kernels.expand import dequantized
 from quantwire.quantizers.plan import Action, Slot, make_plan
 from quantwire.quantizers.report import measure
 from quantwire.quantizers.spec import QuantSpec
@@ -29,7 +30,7 @@ from .subject import CPU, Subject, assert_same_tensors, relative, same, values
 EQUAL_SHAPES = [(48, 64), (32, 256), (33, 192)]
 ODD_SHAPES = [
     *((48, 96), (64, 256), (1, 256), (7, 160), (33, 64), (5, 34), (3, 33), (40, 24), (1, 34), (64, 33)),
-    *((4096, 64), (320, 96)),
+    *((4096, 64), (320, 96), (0, 256), (64, 0)),
 ]
 NOT_LINEAR = [(8, 4, 3, 3), (64,), (2, 64, 256)]
 FEW = 2000  # values; below, a ratio scatters by some dB
@@ -179,6 +180,24 @@ def check_not_linear(subject: Subject) -> None:
             assert subject.refuse(shape, torch.bfloat16) == f"shape {shape} is not (N, K)"
             with pytest.raises(SpecError, match=rf"^'w': {subject.format_id}: shape {re.escape(str(shape))} is not"):
                 quantize_tensor("w", torch.empty(shape, dtype=torch.bfloat16, device="meta"), subject.spec)
+
+
+def check_form(subject: Subject, dtype: torch.dtype) -> None:
+    """The expansion by blocks gives the weight that `dequantize` gives, at every shape that has one."""
+    seen = 0
+    for shape in ((48, 64), (64, 256), (33, 192), (16, 2048)):
+        if subject.refuse(shape, dtype):
+            continue
+        q = subject.quantize(values(*shape, seed=5, dtype=dtype))
+        form = subject.quantizer.form(q)
+        if form is not None:
+            seen += 1
+            assert form.shape == shape
+            # Libraries that compute in the dtype of the scales round there: bfloat16, or float16.
+            assert relative(dequantized(form, torch.float32), subject.dequantize(q)) <= 0.006, shape
+    if seen == 0:
+        kernel = subject.quantizer.kernel(subject.quantized(dtype), CPU, dtype, 64)
+        assert "expand" not in kernel.name
 
 
 def check_determinism(subject: Subject, dtype: torch.dtype) -> None:

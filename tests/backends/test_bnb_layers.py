@@ -11,6 +11,7 @@ import torch
 from cases import DTYPES
 from cases.subject import values
 from quantwire.quantizers.errors import SpecError
+from quantwire.quantizers.kernels import int8
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import FullPrecisionGuard, QuantizedLinear, QuantizedWeight
@@ -44,6 +45,27 @@ def test_four_bit_equals_its_formula_where_blocks_cross_rows(
     assert torch.equal(get_quantizer(q.format_id).dequantize(q, torch.float32), expected)
     layer, x = QuantizedLinear(q, None), values(3, shape[1], dtype=dtype)
     assert torch.equal(layer(x), nn.functional.linear(x, expected.to(dtype)))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_outlier_columns_are_multiplied_as_the_library_does(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "PART_NUMEL", 20_000)  # several blocks of activations
+    x = values(rows, 512, seed=2, dtype=dtype)
+    x[:, [3, 77, 500]] *= 9
+    assert int((x.abs() >= 6).any(dim=0).sum()) in (1, 2, 3)
+    q, bias = quantize("bnb-int8", values(96, 512, dtype=dtype)), values(96, seed=1, dtype=dtype)
+    ours = QuantizedLinear(q, bias)(x)
+    with torch.inference_mode():
+        theirs = native(q, bias)(x)
+    error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    assert error <= {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
+    # Without the outliers apart it would be the product of rows whose scale they set.
+    plain = QuantizedLinear(quantize("bnb-int8;int8-threshold=0", values(96, 512, dtype=dtype)), bias)(x)
+    exact = nn.functional.linear(x.float(), get_quantizer("bnb-int8").dequantize(q, torch.float32), bias.float())
+    assert (ours.float() - exact).norm() < 0.7 * (plain.float() - exact).norm()
 
 
 def test_native_four_bit_is_refused_where_the_library_is_wrong() -> None:

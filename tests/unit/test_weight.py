@@ -1,4 +1,8 @@
-"""QuantizedWeight and QuantizedLinear, on every format."""
+"""QuantizedWeight, QuantizedLinear and quantize_linears.
+
+What depends on the format runs on every format; what the class itself does, on one format of each library. The
+conformance suite (`tests/backends`) holds every format to the same things in every dtype.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,27 @@ import torch.nn.functional as F
 from quantwire.quantizers.apply import OnFailure, check_finite, quantize_linears
 from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.errors import SpecError, WeightError
-from quantwire.quantizers.registry import available_formats, get_quantizer
+from quantwire.quantizers.registry import available_formats, get_entry, get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
 from torch import Tensor, nn
 
-N, K = 32, 128
-FORMATS = pytest.mark.parametrize("format_id", available_formats())
-# Not what dequantize + F.linear give: bnb multiplies int8 by int8, quanto scales after the product.
-OWN_PRODUCT = {"bnb-int8": 0.02, "quanto-qint8": 1e-3, "quanto-qfloat8-e4m3fn": 1e-3}
+N, K = 32, 256  # a shape that every format takes: comfy's rotations are of 256 columns
+AVAILABLE = available_formats()
+FORMATS = pytest.mark.parametrize("format_id", AVAILABLE)
+ONE_OF_EACH = (
+    *("bnb-int8", "bnb-nf4", "quanto-qint4", "comfy-nvfp4", "comfy-w4a8", "sdnq-uint4", "torchao-int4wo"),
+    *("nncf-int4-asym", "layerwise-fp8-e4m3fn", "gguf-q8-0"),
+)
+SOME = pytest.mark.parametrize("format_id", [f for f in ONE_OF_EACH if f in AVAILABLE])
+
+# How far a product may be from F.linear on the dequantized weight. In bfloat16 kernels scale after the product or
+# round another intermediate: up to 0.005 measured. In float32 they may add up in another order.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 0.006}
+ACTIVATIONS_IN_INT8 = {"bnb-int8", "torchao-int8dyn"}  # 0.007 to 0.008 measured
+NNCF_FLOAT32 = 5e-4  # NNCF dequantizes in float16, whose unit roundoff that is; our product does in float32
+# About 1 dB below the worst format of that many bits, on weights as nn.Linear makes them; at 8 bits float8 e5m2.
+SQNR_DB = {2: 9, 3: 16, 4: 17, 5: 28, 6: 34, 8: 25}
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,6 +53,12 @@ def layer(format_id: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def product_limit(format_id: str, dtype: torch.dtype) -> float:
+    if format_id in ACTIVATIONS_IN_INT8:
+        return 0.02
+    return NNCF_FLOAT32 if format_id.startswith("nncf") and dtype is torch.float32 else ROUNDING[dtype]
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -62,7 +84,7 @@ def test_forward_is_the_product_with_the_dequantized_weight(format_id: str, dtyp
     y = module(x)
     assert (y.shape, y.dtype) == ((2, 5, N), dtype)
     expected = F.linear(x, module.weight, module.bias)
-    limit = OWN_PRODUCT.get(format_id, 0.0) + (0.006 if dtype is torch.bfloat16 and format_id in OWN_PRODUCT else 0)
+    limit = product_limit(format_id, dtype)
     assert relative(y, expected) <= limit
     assert relative(QuantizedLinear(module.quantized_weight, None)(x), F.linear(x, module.weight)) <= limit
 
@@ -76,7 +98,7 @@ def test_forward_leaves_its_input_alone(format_id: str) -> None:
     assert torch.equal(x, before)
 
 
-@FORMATS
+@SOME
 def test_weight_property(format_id: str) -> None:
     module = layer(format_id, torch.bfloat16)
     assert (module.weight.shape, module.weight.dtype) == ((N, K), torch.bfloat16)
@@ -86,7 +108,7 @@ def test_weight_property(format_id: str) -> None:
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-@FORMATS
+@SOME
 def test_casting_moves_the_bias_only(format_id: str, cast: str) -> None:
     module = layer(format_id)
     before = state(module)
@@ -96,7 +118,7 @@ def test_casting_moves_the_bias_only(format_id: str, cast: str) -> None:
     assert same(after, before)
 
 
-@FORMATS
+@SOME
 def test_deepcopy_and_save(format_id: str) -> None:
     module, x = layer(format_id), values(3, K, seed=1)
     for made in (copy.deepcopy(module), saved(module)):
@@ -105,7 +127,7 @@ def test_deepcopy_and_save(format_id: str) -> None:
         assert made.qdata.data_ptr() != module.qdata.data_ptr()
 
 
-@FORMATS
+@SOME
 def test_a_quantized_weight_can_be_copied_and_saved(format_id: str) -> None:
     weight = quantized(format_id)
     for made in (copy.deepcopy(weight), saved(weight)):
@@ -127,7 +149,7 @@ def test_a_quantized_weight_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-@FORMATS
+@SOME
 def test_state_dict_round_trip(format_id: str, assign: bool) -> None:
     source, target, x = layer(format_id, seed=0), layer(format_id, seed=5), values(3, K, seed=1)
     assert not torch.equal(target(x), source(x))
@@ -138,7 +160,7 @@ def test_state_dict_round_trip(format_id: str, assign: bool) -> None:
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=["fp32", "bf16", "fp8"])
-@FORMATS
+@SOME
 def test_full_precision_values_are_refused(format_id: str, dtype: torch.dtype, strict: bool) -> None:
     module = nn.Sequential(layer(format_id))
     before = state(module)
@@ -149,7 +171,7 @@ def test_full_precision_values_are_refused(format_id: str, dtype: torch.dtype, s
     assert same(state(module), before)
 
 
-@FORMATS
+@SOME
 def test_quantized_tensors_of_another_dtype_are_refused(format_id: str) -> None:
     module = layer(format_id)
     before = state(module)
@@ -167,7 +189,7 @@ class Net(nn.Module):
         super().__init__()
         self.img_in = nn.Linear(K, K)
         self.a = nn.Linear(K, N)
-        self.b = nn.Linear(N, N, bias=False)
+        self.b = nn.Linear(K, N, bias=False)
 
 
 class Counting:
@@ -186,6 +208,7 @@ class Counting:
 
 @FORMATS
 def test_quantize_linears_replaces_and_reports(format_id: str) -> None:
+    torch.manual_seed(0)
     model, bar = Net(), Counting()
     before = state(model)
     layers, report = quantize_linears(model, QuantSpec(format_id), progress=bar, title="net")
@@ -203,28 +226,66 @@ def test_quantize_linears_replaces_and_reports(format_id: str) -> None:
     }
     assert report.nbytes_in == sum(p.numel() * 4 for p in model.parameters())
     assert report.sqnr_db is not None
-    assert report.sqnr_db > 15
+    assert report.sqnr_db > SQNR_DB[int(get_entry(format_id).bits)]
     assert report.seconds > 0
     assert f"net: 2 linear layers in {format_id} (quantwire carrier)" in str(report)
 
 
-@pytest.mark.parametrize("carrier", [Carrier.QUANTWIRE, Carrier.LIBRARY], ids=lambda c: c.value)
-@pytest.mark.parametrize("format_id", [f for f in available_formats() if not f.startswith("gguf")])
-def test_a_quantized_model_is_not_quantized_again(format_id: str, carrier: Carrier) -> None:
+# Formats without a layer of their library, by how their ids begin, and what is said of them.
+NO_LAYER = {
+    "nncf": "NNCF compresses a whole traced model and has no layer of its own.",
+    "layerwise": "layerwise casting is a hook that diffusers puts on a whole model, and it rounds biases to 8 bits too;",
+    "gguf": "its library has no linear layer of its own.",
+}
+# comfy-kitchen's layers are those of ComfyUI, told by their layout.
+COMFY = {
+    "comfy-fp8-e4m3fn": "comfyui TensorCoreFP8Layout",
+    "comfy-fp8-e5m2": "comfyui TensorCoreFP8Layout",
+    "comfy-nvfp4": "comfyui TensorCoreNVFP4Layout",
+    "comfy-mxfp8": "comfyui TensorCoreMXFP8Layout",
+    "comfy-int8": "comfyui TensorWiseINT8Layout",
+    "comfy-int8-convrot": "comfyui TensorWiseINT8Layout",
+    "comfy-w4a4-convrot": "comfyui TensorCoreConvRotW4A4Layout",
+    "comfy-w4a8": "comfyui AsymW4A8Int8Layout",
+}
+
+
+def refuse_again(format_id: str, carrier: Carrier, found: str) -> None:
     model = Net().to(torch.bfloat16)
     layers, _ = quantize_linears(model, QuantSpec(format_id, exclude=("b",)), carrier=carrier)
     model.a = layers["a"]
-    with pytest.raises(WeightError, match=rf"^'a': already quantized \({format_id}, {carrier.value} carrier\)\."):
+    with pytest.raises(WeightError) as failure:
         quantize_linears(model, QuantSpec("gguf-q8-0"))
+    assert str(failure.value).startswith(f"'a': already quantized ({found}).\n")
+
+
+@SOME
+def test_a_quantized_model_is_not_quantized_again(format_id: str) -> None:
+    refuse_again(format_id, Carrier.QUANTWIRE, f"{format_id}, quantwire carrier")
+
+
+@pytest.mark.parametrize("format_id", [f for f in AVAILABLE if not f.startswith(tuple(NO_LAYER))])
+def test_nor_is_a_model_with_layers_of_the_library(format_id: str) -> None:
+    found = f"{COMFY[format_id]}, host" if format_id in COMFY else f"{format_id}, library"
+    refuse_again(format_id, Carrier.LIBRARY, f"{found} carrier")
+
+
+@pytest.mark.parametrize("format_id", [f for f in AVAILABLE if f.startswith(tuple(NO_LAYER))])
+def test_a_layer_without_a_native_form_is_named(format_id: str) -> None:
+    with pytest.raises(SpecError) as failure:
+        quantize_linears(Net(), QuantSpec(format_id), carrier=Carrier.LIBRARY)
+    first, advice = str(failure.value).split("\n", 1)
+    assert first.startswith(f"'a.weight': {format_id}: {NO_LAYER[format_id.partition('-')[0]]}")
+    assert "quantwire" in advice
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "-inf"])
 def test_a_damaged_weight_is_named(bad: float) -> None:
     model = Net()
     model.b.weight.data[1, 2] = bad
-    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 1024 values are nan or inf\."):
+    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 8192 values are nan or inf\."):
         quantize_linears(model, QuantSpec("bnb-int8"))
-    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 1024"):  # full precision would run on the nan
+    with pytest.raises(WeightError, match=r"^'b\.weight': 1 of 8192"):  # full precision would run on the nan
         quantize_linears(model, QuantSpec("bnb-int8"), on_failure=OnFailure.FULL_PRECISION)
 
 
@@ -261,7 +322,7 @@ def test_check_finite_of_blocks(format_id: str) -> None:
     q = quantized(format_id)
     check_finite("w", q)
     q.tensors["qdata"][3, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # float16 inf as the scale of one block
-    with pytest.raises(WeightError, match=r"^'w': 32 of 4096 values are nan or inf\."):
+    with pytest.raises(WeightError, match=r"^'w': 32 of 8192 values are nan or inf\."):
         check_finite("w", q)
 
 
@@ -277,7 +338,7 @@ class Tied(nn.Module):
         self.embedding.weight = self.e.weight
 
 
-@FORMATS
+@SOME
 def test_layers_that_share_a_weight_are_all_replaced(format_id: str) -> None:
     model = Tied()
     layers, report = quantize_linears(model, QuantSpec(format_id))
@@ -290,11 +351,6 @@ def test_layers_that_share_a_weight_are_all_replaced(format_id: str) -> None:
     entries = {e.name: e for e in report.entries}
     assert (entries["a.weight"].action, entries["a.weight"].reason) == ("quantize", "linear weight, shared with b, c")
     assert (entries["e.weight"].action, entries["e.weight"].reason) == ("keep", "not a linear weight")
-
-
-def test_a_layer_without_a_native_form_is_named() -> None:
-    with pytest.raises(SpecError, match=r"^'a\.weight': gguf-q8-0: its library has no linear layer of its own\."):
-        quantize_linears(Net(), QuantSpec("gguf-q8-0"), carrier=Carrier.LIBRARY)
 
 
 def test_nothing_left_to_quantize_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from ...base import Availability, Kernel, Quantizer
 from ...kernels import forms, int8
 from ...kernels.choose import expanding
 from ...kernels.expand import Expansion, keeps_weights, linear
+from ...kernels.scratch import scratch
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
 
@@ -76,13 +78,7 @@ class BnbInt8(Quantizer):
         flat = x.reshape(-1, x.shape[-1])
         half = flat.to(torch.float16)
         columns = _outlier_columns(half, threshold)
-        if columns is not None:
-            half = half.clone() if half.data_ptr() == flat.data_ptr() else half
-            half.masked_fill_(half.abs() >= threshold, 0)
-        row_max = half.abs().amax(dim=1, keepdim=True).to(torch.float32)
-        x8 = int8.round_rows(half, (127.0 / row_max).masked_fill(row_max == 0, 0), -127)
-        if columns is not None and len(flat) > 1:
-            x8[:, columns] = 0
+        x8, row_max = _quantize_rows(half, columns, threshold)
         out = int8.scaled_mm(x8, row_max * INVERSE_SQUARE, qdata, absmax, bias, x.dtype)
         if columns is not None:
             weights = (qdata[:, columns] * (absmax.unsqueeze(1) / 127)).to(x.dtype)
@@ -126,7 +122,40 @@ def _outlier_columns(x: Tensor, threshold: float) -> Tensor | None:
     """Indices of the columns of x (M, K) with a value of at least `threshold`, or None."""
     if threshold <= 0.0 or not x.numel():
         return None
-    # The largest value of each column, without a mask as large as x.
-    low, high = torch.aminmax(x, dim=0)
-    columns = torch.nonzero(torch.maximum(-low, high) >= threshold).view(-1)
+    largest = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
+    for _, _, sizes in _blocks(x):
+        torch.maximum(largest, sizes.amax(dim=0), out=largest)
+    columns = torch.nonzero(largest >= threshold).view(-1)
     return columns if columns.numel() else None
+
+
+def _quantize_rows(x: Tensor, outliers: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    """int8 values (M, K), 0 in the outlier columns, and the largest |x| below `threshold` of each row (M, 1), float32.
+
+    Values below the threshold in outlier columns count for the largest, as the library has it.
+    """
+    x8 = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    row_max = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    for start, values, sizes in _blocks(x):
+        largest = row_max[start : start + len(values)]
+        if outliers is not None:
+            apart = sizes[:, outliers]
+            largest.copy_(apart.masked_fill_(apart >= threshold, 0).amax(dim=1, keepdim=True))
+            values.index_fill_(1, outliers, 0)
+            sizes.index_fill_(1, outliers, 0)
+            torch.maximum(largest, sizes.amax(dim=1, keepdim=True), out=largest)
+        else:
+            torch.amax(sizes, dim=1, keepdim=True, out=largest)
+        factor = (127.0 / largest).masked_fill(largest == 0, 0)
+        x8[start : start + len(values)].copy_(values.mul_(factor).round_().clamp_(-127, 127))
+    return x8, row_max
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row, float32 values and their sizes, for blocks of rows that fit the cache; both may be overwritten."""
+    step = max(1, int8.PART_NUMEL // max(x.shape[1], 1))
+    for start in range(0, x.shape[0], step):
+        rows = x[start : start + step]
+        values = scratch("rows", tuple(rows.shape), torch.float32, x.device).copy_(rows)
+        sizes = scratch("sizes", tuple(rows.shape), torch.float32, x.device)
+        yield start, values, torch.abs(values, out=sizes)

@@ -277,7 +277,10 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     weight = remember(quantizer.quantize(w, spec), spec)
     restored = quantizer.form(weight) or quantizer.dequantize(weight, torch.float32)
     entry = measure(name, "linear weight", w, restored, weight.nbytes)
-    if not math.isfinite(entry.noise) or not all(finite(t) for t in weight.tensors.values()):
+    # Wider qdata may be a container of codes (bitsandbytes packs 4 bits into bfloat16) whose bits spell nan; where it
+    # holds values, the noise tells. Float8 is looked at because its expansion takes nan for a number.
+    values = [t for n, t in weight.tensors.items() if n != "qdata" or t.dtype.itemsize == 1]
+    if not math.isfinite(entry.noise) or not all(finite(t) for t in values):
         raise WeightError(f"'{name}': {spec.format_id} gives non-finite values; the weight exceeds its range.")
     kernel = quantizer.kernel(weight, w.device, w.dtype, REPORTED_TOKENS)
     return weight, dataclasses.replace(entry, format_id=spec.format_id, kernel=f"{kernel.name}: {kernel.reason}")

@@ -79,7 +79,13 @@ class Quantizer:
         return Kernel("dequantize, F.linear", "the format has no other product here", self._dequantized)
 
     def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        """`x @ W.T + bias` for x (..., K), in the dtype of x, by `kernel`."""
+        """`x @ W.T + bias` for x (..., K), in the dtype of x, by `kernel`.
+
+        Where a gradient will flow to x, by the dequantized weight instead: integer products have no derivative, and
+        buffers that are used again would be overwritten before the backward pass.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._dequantized(x, q, bias)
         tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
         return self.kernel(q, x.device, x.dtype, tokens).run(x, q, bias)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import re
 from collections.abc import Callable
 
@@ -74,8 +75,9 @@ def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -
     restored = quantizer.dequantize(q, torch.float32)
     if not bool(torch.isfinite(restored).all()):
         return "gives non-finite values here."
-    for dtype in (torch.float32, torch.bfloat16):
-        x = _values(3, q.orig_shape[1]).to(dtype)
+    # Few tokens and many may go different ways.
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (3, 64)):
+        x = _values(tokens, q.orig_shape[1]).to(dtype)
         expected = F.linear(x.float(), restored)
         error = quantizer.linear(x, q, None).float() - expected
         # Written so that nan counts as wrong.
@@ -86,7 +88,8 @@ def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -
 
 def _others(install: str) -> str:
     """Without "Run `pip install ...`, or", since the package is there."""
-    return install.partition(", or ")[2].capitalize()
+    others = install.partition(", or ")[2]
+    return others[:1].upper() + others[1:]  # `capitalize` would write ComfyUI in small letters
 
 
 def _values(*shape: int) -> torch.Tensor:

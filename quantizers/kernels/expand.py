@@ -44,7 +44,8 @@ class Expansion:
 def expand(source: Expansion, out: Tensor, start: int = 0) -> Tensor:
     """Write rows [start, start + len(out)) of a weight into `out` (rows, K), of any float dtype; returns `out`."""
     rows, k = out.shape
-    step = max(1, BLOCK_NUMEL // max(k, 1)) if source.device.type == "cpu" else rows
+    whole = source.device.type != "cpu" or torch.compiler.is_compiling()  # a compiler merges the steps itself
+    step = rows if whole else max(1, BLOCK_NUMEL // max(k, 1))
     for first in range(0, rows, max(step, 1)):
         last = min(first + step, rows)
         if out.dtype is torch.float32:
@@ -62,11 +63,12 @@ def dequantized(source: Expansion, dtype: torch.dtype) -> Tensor:
 
 
 def linear(x: Tensor, source: Expansion, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` in the dtype of x; x is (..., K) on the device of the weight."""
+    """`x @ W.T + bias` in the dtype of x; x is (..., K) on the device of the weight.
+
+    Without gradients: the weight lies in a buffer that the next product overwrites.
+    """
     n, k = source.shape
     bias = None if bias is None else bias.to(x.dtype)
-    if keeps_weights(x):
-        return F.linear(x, dequantized(source, x.dtype), bias)
     rows = max(1, CAP_NBYTES // max(k * x.element_size(), 1))
     if rows >= n:
         return F.linear(x, expand(source, scratch("weight", (n, k), x.dtype, x.device)), bias)
@@ -76,11 +78,3 @@ def linear(x: Tensor, source: Expansion, bias: Tensor | None) -> Tensor:
         part = expand(source, scratch("weight", (stop - start, k), x.dtype, x.device), start)
         out[..., start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
     return out
-
-
-def keeps_weights(x: Tensor) -> bool:
-    """Whether somebody will look at the expanded weight again, so that it must not lie in a shared buffer.
-
-    autograd keeps it for the backward pass; a compiler wants pure operations and merges them itself.
-    """
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)

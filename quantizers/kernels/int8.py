@@ -79,7 +79,8 @@ def round_rows(x: Tensor, factor: Tensor, low: int = -128) -> Tensor:
 
 def few_tokens_refusal(device: torch.device, dtype: torch.dtype, k: int, tokens: int) -> str | None:
     """Why `few_tokens` cannot or should not multiply here, or None."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        # In float16 the scales, which it wants in the dtype of x, would lose digits below 6e-5 and vanish below 6e-8.
         return "weight only; one pass over the packed weight a product"
     if tokens > FEW_TOKENS:
         return f"above {FEW_TOKENS} tokens it beats PyTorch's int8 weight-only product"

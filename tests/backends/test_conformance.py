@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BY_BACKEND, CASES, DTYPES, layer_checks, weight_checks
+from cases.case import ROUNDING
 from cases.subject import Subject
 from quantwire.quantizers.registry import availability, format_ids, get_entry, is_format
 from quantwire.quantizers.spec import QuantSpec
@@ -36,7 +37,8 @@ def test_cases_name_registered_formats_of_their_backend(backend: str) -> None:
         format_id = QuantSpec.from_uri(case.uri).format_id
         assert is_format(format_id)
         assert get_entry(format_id).backend == backend
-        assert not case.native or not case.native_dtypes or case.native_why, f"{case.uri}: native_why is empty"
+        said = case.native_why or case.native is ROUNDING  # whose reason stands where it is defined
+        assert not case.native or not case.native_dtypes or said, f"{case.uri}: native_why is empty"
 
 
 def test_cases_are_distinct() -> None:
@@ -174,6 +176,11 @@ def quick_or_slow() -> list[Any]:
 @pytest.mark.parametrize("subject", quick_or_slow())
 def test_compiled_layer_gives_the_eager_result(subject: Subject) -> None:
     layer_checks.check_compile(subject, torch.bfloat16)
+
+
+@every_subject
+def test_gradients_reach_the_activations(subject: Subject) -> None:
+    layer_checks.check_gradients(subject, torch.bfloat16)
 
 
 @every_dtype

@@ -213,6 +213,10 @@ LINES: dict[str, tuple[Made, Break]] = {
     "linear runs another": (layer_checks.check_kernels, result("linear", lambda y, *_: y + 1e-2)),
     "a kernel that is off": (layer_checks.check_kernels, result("kernel", other_run)),
     "a kernel that reads values": (layer_checks.check_kernels, result("kernel", reading_values)),
+    "a product without derivative": (
+        layer_checks.check_gradients,
+        result("linear", lambda y, x, *_: y.detach() + 0 * x.sum()),
+    ),
     "compiled code that is off": (layer_checks.check_compile, result("linear", wrong_when_compiled)),
     "a native layer that shares": (layer_checks.check_native, result("to_native", sharing)),
     "a native layer in training": (layer_checks.check_native, result("to_native", lambda layer, *_: layer.train())),

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases.subject import relative
 from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.backends.sdnq.library import library
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.formats.sdnq import BACKEND, SHORT_NAMES, TYPES, library_name
+from quantwire.quantizers.kernels.expand import dequantized
 from quantwire.quantizers.registry import format_ids, get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight, TensorMeta
@@ -420,3 +422,27 @@ def test_native_float8_takes_its_own_values_back_and_no_others(sdnq: Any) -> Non
     for foreign in (values(64, 256), values(64, 256).to(torch.float8_e4m3fn)):  # without scales: a plain cast
         with pytest.raises(WeightError, match="is already quantized; the result would be noise"):
             layer.load_state_dict({"weight": foreign}, strict=False)
+
+
+def test_every_type_expands_as_the_library_dequantizes(sdnq: Any) -> None:
+    """Float types of 8 bits lie in uint8 too, but are no integers."""
+    w = values(32, 256) * 0.02
+    expanded = 0
+    for name in TYPES:
+        quantizer = get_quantizer(f"sdnq-{name}")
+        q = quantizer.quantize(w, QuantSpec(f"sdnq-{name}"))
+        form = quantizer.form(q)
+        if form is not None:
+            expanded += 1
+            assert relative(dequantized(form, torch.float32), quantizer.dequantize(q, torch.float32)) < 1e-6, name
+        assert relative(QuantizedLinear(q, None)(values(40, 256)), nn.functional.linear(values(40, 256), w)) < 0.7, name
+    assert expanded >= 10
+
+
+def test_dynamic_weights_multiply_as_what_they_became(sdnq: Any) -> None:
+    w = values(64, 256) * 0.02
+    for start in ("float8-e4m3fn", "uint4", "int8"):
+        q = quantize(f"sdnq;type={start};dynamic=true", w)
+        x = values(40, 256, seed=2)
+        expected = nn.functional.linear(x, get_quantizer(q.format_id).dequantize(q, torch.float32))
+        assert relative(QuantizedLinear(q, None)(x), expected) < 1e-5, q.meta["weights_dtype"]

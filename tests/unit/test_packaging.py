@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quantwire.quantizers.formats import BACKENDS, Backend
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +44,25 @@ def test_every_dependency_is_pinned_by_the_constraints() -> None:
     for extra in PROJECT["project"]["optional-dependencies"].values():
         wanted |= names(extra)
     assert wanted <= pinned
+
+
+def test_every_library_is_in_an_extra_of_its_licence() -> None:
+    """`pip install quantwire[backends]` brings no copyleft library unasked."""
+    extras = {name: names(wanted) for name, wanted in PROJECT["project"]["optional-dependencies"].items()}
+    free = {b.package for b in BACKENDS if b.package and not b.licence.startswith("GPL")}
+    assert extras["backends"] == free
+    for backend in BACKENDS:
+        if backend.licence.startswith("GPL"):
+            assert extras[backend.name] == {backend.package}
+            assert [e for e, held in extras.items() if backend.package in held] == [backend.name]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_the_readme_names_every_library_and_its_licence(backend: Backend) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    library = dict(rows)[backend.name]
+    licence = backend.licence.removesuffix("-only")
+    assert library.startswith(f"{backend.package} ({licence}" if backend.package else "torch alone")
 
 
 def test_constraints_pin_exactly_and_torch_is_the_one_that_make_installs() -> None:

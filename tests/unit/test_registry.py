@@ -16,15 +16,17 @@ from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight
 from torch import Tensor
 
+# Ids are permanent: files, caches and shared workflows hold them. Add to these lists, never rename or take away. The
+# order is that of menus.
 FORMATS = [
     "bnb-int8",
     "bnb-nf4",
     "bnb-fp4",
     "quanto-qint8",
     "quanto-qint4",
+    "quanto-qint2",
     "quanto-qfloat8-e4m3fn",
-    "gguf-q8-0",
-    "gguf-q4-0",
+    "quanto-qfloat8-e5m2",
     "comfy-fp8-e4m3fn",
     "comfy-fp8-e5m2",
     "comfy-nvfp4",
@@ -33,7 +35,34 @@ FORMATS = [
     "comfy-int8-convrot",
     "comfy-w4a4-convrot",
     "comfy-w4a8",
+    "sdnq-int8",
+    "sdnq-uint8",
+    "sdnq-int6",
+    "sdnq-uint6",
+    "sdnq-int5",
+    "sdnq-uint5",
+    "sdnq-int4",
+    "sdnq-uint4",
+    "sdnq-uint3",
+    "sdnq-uint2",
+    "sdnq-float8-e4m3fn",
+    "sdnq-float4-e2m1fn",
+    "torchao-int8wo",
+    "torchao-int8dyn",
+    "torchao-int4wo",
+    "torchao-float8wo",
+    "nncf-int8-sym",
+    "nncf-int8-asym",
+    "nncf-int4-sym",
+    "nncf-int4-asym",
+    "nncf-nf4",
+    "layerwise-fp8-e4m3fn",
+    "layerwise-fp8-e5m2",
+    "gguf-q8-0",
+    "gguf-q4-0",
 ]
+# Ids that menus leave out and that only a URI names; a sample.
+UNLISTED = ("sdnq-int2", "sdnq-uint7", "sdnq-int12", "sdnq-uint16", "sdnq-float6-e3m2fn", "sdnq-float16")
 READ_ONLY = [
     f"gguf-{name}"
     for name in (
@@ -42,13 +71,15 @@ READ_ONLY = [
     )
 ]
 
+ASKED = ("bnb-nf4", "quanto-qint8", "comfy-nvfp4", "sdnq-uint4", "torchao-int4wo", "nncf-nf4", "gguf-q8-0")
+
 # Prints format id -> message of BackendUnavailable for one format of each library.
 ASK = """
 import json
 from quantwire.quantizers.errors import BackendUnavailable
 from quantwire.quantizers.registry import require
 messages = {}
-for format_id in ("bnb-nf4", "quanto-qint8", "gguf-q8-0"):
+for format_id in ASKED:
     try:
         require(format_id)
     except BackendUnavailable as err:
@@ -56,11 +87,12 @@ for format_id in ("bnb-nf4", "quanto-qint8", "gguf-q8-0"):
 print(json.dumps(messages))
 """
 
-# Takes the place of the finder behind sys.path, for modules and for installed distributions alike, so that the three
+# Takes the place of the finder behind sys.path, for modules and for installed distributions alike, so that the
 # libraries are as absent as if they had never been installed.
 HIDE = """
 import importlib.machinery, sys
-HIDDEN = {"bitsandbytes", "optimum", "optimum-quanto", "gguf"}
+HIDDEN = {"bitsandbytes", "optimum", "optimum-quanto", "comfy_kitchen", "comfy-kitchen"}
+HIDDEN |= {"sdnq", "torchao", "nncf", "gguf"}
 class Hiding:
     def find_spec(self, name, path=None, target=None):
         hidden = name.partition(".")[0] in HIDDEN
@@ -71,7 +103,9 @@ sys.meta_path = [Hiding() if f is importlib.machinery.PathFinder else f for f in
 """
 
 
-def ask(code: str) -> dict[str, str]:
+def ask(before: str = "", formats: tuple[str, ...] = ASKED) -> dict[str, str]:
+    """What a process of its own says of each format that cannot run there, after the statements of `before`."""
+    code = f"{before}\nASKED = {formats!r}\n{ASK}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -83,8 +117,15 @@ def distribution(folder: Path, name: str, version: str) -> None:
 
 
 def test_format_ids_are_permanent() -> None:
-    assert format_ids() == FORMATS  # shared workflows and files hold these ids; add, never rename
+    assert format_ids() == FORMATS
     assert [f for f in format_ids(writable=False) if f not in FORMATS] == READ_ONLY
+
+
+@pytest.mark.parametrize("format_id", UNLISTED)
+def test_unlisted_ids_are_permanent_too(format_id: str) -> None:
+    assert format_id not in format_ids(writable=False)
+    assert QuantSpec(format_id).format_id == format_id
+    assert QuantSpec.from_uri(QuantSpec(format_id).to_uri()).format_id == format_id
 
 
 def test_read_only_formats_are_every_other_type_that_gguf_dequantizes() -> None:
@@ -159,23 +200,40 @@ def test_unknown_id_offers_near_names() -> None:
 
 
 def test_a_missing_library() -> None:
-    assert ask(HIDE + ASK) == {
+    assert ask(HIDE, (*ASKED, "layerwise-fp8-e4m3fn")) == {
         "bnb-nf4": "bnb-nf4: bitsandbytes is not installed.\n"
         "Run `pip install bitsandbytes`, or choose quanto-qint4 or gguf-q4-0.",
         "quanto-qint8": "quanto-qint8: optimum-quanto is not installed.\n"
         "Run `pip install optimum-quanto`, or choose bnb-int8, bnb-nf4 or a gguf format.",
+        "comfy-nvfp4": "comfy-nvfp4: comfy-kitchen is not installed.\n"
+        "Run `pip install comfy-kitchen`, or update ComfyUI, which brings it; or choose a bnb, quanto or gguf format.",
+        "sdnq-uint4": "sdnq-uint4: sdnq is not installed.\n"
+        "Run `pip install sdnq` (its licence is GPL-3.0-only, so installing it is your choice), or choose "
+        "quanto-qint8, bnb-nf4 or a gguf format.",
+        "torchao-int4wo": "torchao-int4wo: torchao is not installed.\n"
+        "Run `pip install torchao`, or choose bnb-int8, bnb-nf4 or a gguf format.",
+        "nncf-nf4": "nncf-nf4: nncf is not installed.\n"
+        "Run `pip install nncf`, or choose bnb-int8, bnb-nf4 or a gguf format.",
         "gguf-q8-0": "gguf-q8-0: gguf is not installed.\nRun `pip install gguf`, or choose a bnb or quanto format.",
-    }
+    }  # and nothing of layerwise, which needs torch alone
 
 
 def test_a_library_that_is_too_old(tmp_path: Path) -> None:
-    for name, version in (("bitsandbytes", "0.45.5"), ("optimum-quanto", "0.2.6rc1"), ("gguf", "0.9")):
+    needed = {
+        "bitsandbytes": ("bnb-nf4", "0.45.5", "0.46"),
+        "optimum-quanto": ("quanto-qint8", "0.2.6rc1", "0.2.7"),
+        "comfy-kitchen": ("comfy-nvfp4", "0.2.30", "0.2.31"),
+        "sdnq": ("sdnq-uint4", "0.2.7", "0.2.8"),
+        "torchao": ("torchao-int4wo", "0.17.1", "0.18"),
+        "nncf": ("nncf-nf4", "3.3", "3.4"),
+        "gguf": ("gguf-q8-0", "0.9", "0.17"),
+    }
+    for name, (_, version, _) in needed.items():
         distribution(tmp_path, name, version)
-    messages = ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ASK}")
+    messages = ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
     assert [m.splitlines()[0] for m in messages.values()] == [
-        "bnb-nf4: bitsandbytes 0.45.5 is too old; 0.46 or newer is needed.",
-        "quanto-qint8: optimum-quanto 0.2.6rc1 is too old; 0.2.7 or newer is needed.",
-        "gguf-q8-0: gguf 0.9 is too old; 0.17 or newer is needed.",
+        f"{format_id}: {name} {version} is too old; {least} or newer is needed."
+        for name, (format_id, version, least) in needed.items()
     ]
     assert "Run `pip install --upgrade gguf`" in messages["gguf-q8-0"]
 
@@ -183,9 +241,13 @@ def test_a_library_that_is_too_old(tmp_path: Path) -> None:
 def test_a_library_that_fails_to_import_keeps_its_reason(tmp_path: Path) -> None:
     distribution(tmp_path, "gguf", "0.99")
     (tmp_path / "gguf.py").write_text("raise OSError('libggml.so: wrong ELF class\\nmore')\n")
-    quick = ASK.replace('"quanto-qint8", ', "")  # whose import takes seconds, and gguf with it
-    messages = ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{quick}")
-    assert messages["gguf-q8-0"] == (
-        "gguf-q8-0: gguf 0.99 does not run here: libggml.so: wrong ELF class\nChoose a bnb or quanto format."
-    )
-    assert "bnb-nf4" not in messages
+    distribution(tmp_path, "comfy-kitchen", "0.99")
+    (tmp_path / "comfy_kitchen.py").write_text("raise ImportError\n")
+    # layerwise needs no library; those of the others take seconds to import.
+    asked = ("gguf-q8-0", "comfy-nvfp4", "layerwise-fp8-e4m3fn")
+    assert ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})", asked) == {
+        "gguf-q8-0": "gguf-q8-0: gguf 0.99 does not run here: libggml.so: wrong ELF class\n"
+        "Choose a bnb or quanto format.",
+        "comfy-nvfp4": "comfy-nvfp4: comfy-kitchen 0.99 does not run here: ImportError\n"
+        "Update ComfyUI, which brings it; or choose a bnb, quanto or gguf format.",
+    }

@@ -234,7 +234,7 @@ def test_quantize_linears_replaces_and_reports(format_id: str) -> None:
 # Formats without a layer of their library, by how their ids begin, and what is said of them.
 NO_LAYER = {
     "nncf": "NNCF compresses a whole traced model and has no layer of its own.",
-    "layerwise": "layerwise casting is a hook that diffusers puts on a whole model, and it rounds biases to 8 bits too;",
+    "layerwise": "layerwise casting is a hook that diffusers puts on a whole model, and it rounds biases to 8 bits",
     "gguf": "its library has no linear layer of its own.",
 }
 # comfy-kitchen's layers are those of ComfyUI, told by their layout.

@@ -126,7 +126,7 @@ class BnbFourBit(Quantizer):
             return Kernel("dequantize, F.linear", reason, self._dequantized)
         if device.type == "cuda":
             return Kernel("bitsandbytes gemm_4bit", "the library's fused product", self._gemm)
-        return Kernel(EXPAND, "faster here than bitsandbytes' own product at every number of tokens", self._expanded)
+        return Kernel(EXPAND, "no slower here than bitsandbytes' own product, and right at every K", self._expanded)
 
     def _dequantized(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         compute = self._compute_dtype(q, x)

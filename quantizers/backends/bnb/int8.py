@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...base import Availability, Kernel, Quantizer
 from ...kernels import forms, int8
 from ...kernels.choose import expanding
-from ...kernels.expand import Expansion, keeps_weights, linear
+from ...kernels.expand import Expansion
 from ...kernels.scratch import scratch
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
 from ..probing import probe_package
@@ -71,8 +71,6 @@ class BnbInt8(Quantizer):
         With threshold 0 every activation becomes float16 on the way to int8, so values above 65504 overflow; above 0
         such columns are outliers and never leave the dtype of x.
         """
-        if keeps_weights(x):  # the integer product has no derivative
-            return linear(x, self._form(q), bias)
         qdata, absmax = q.tensors["qdata"], q.tensors["absmax"]
         threshold = float(q.meta["threshold"])
         flat = x.reshape(-1, x.shape[-1])

@@ -17,8 +17,9 @@ from ...kernels import expand, forms
 from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight
 
-INT4 = torch.tensor([float(i if i < 8 else i - 16) for i in range(16)])
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0] + [-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+INT4 = torch.tensor([float(i if i < 8 else i - 16) for i in range(16)], device="cpu")
+_POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E2M1 = torch.tensor(_POSITIVE + [-v for v in _POSITIVE], device="cpu")
 MX_BLOCK, NV_BLOCK = 32, 16
 
 
@@ -99,7 +100,7 @@ def rotated_linear(x: Tensor, source: Expansion, group: int, bias: Tensor | None
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normalized regular Hadamard matrix (size, size), a power of 4: the Kronecker power of one of 4 x 4."""
     with torch.inference_mode(False):
-        seed = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+        seed = torch.ones(4, 4, device="cpu") - 2 * torch.eye(4, device="cpu").flip(0)
         h = seed
         while h.shape[0] < size:
             h = torch.kron(h, seed)

@@ -18,7 +18,7 @@ from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight
 from .library import dequantizer_of
 
-CODES = torch.arange(16, dtype=torch.uint8)
+CODES = torch.arange(16, dtype=torch.uint8, device="cpu")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -37,7 +37,7 @@ def form_of(q: QuantizedWeight) -> Expansion | None:
     if bits == 4 and qdata.dtype is torch.uint8 and not k % 2 and qdata.numel() == n * k // 2:
         table = forms.pairs(_values(weights_dtype, shift is not None).to(qdata.device), "low first")
         base = forms.nibbles(qdata.view(n, k // 2), table, scale, shift)
-    elif bits == 8 and qdata.dtype in (torch.int8, torch.uint8):
+    elif weights_dtype in ("int8", "uint8") and qdata.dtype in (torch.int8, torch.uint8):
         base = forms.integers(qdata.reshape(n, k), scale, shift)
     elif bits == 8 and qdata.dtype in FLOAT8 and shift is None:
         base = forms.float8(qdata.reshape(n, k), scale)
@@ -56,6 +56,7 @@ def _with_svd(base: Expansion, q: QuantizedWeight) -> Expansion:
     return Expansion(base.shape, base.device, fill)
 
 
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 @functools.cache
 def _values(weights_dtype: str, unsigned: bool) -> Tensor:
     """(16,) float32: what each 4-bit code of a type stands for, by the library's own dequantizer with scale 1."""
@@ -76,8 +77,8 @@ def _values(weights_dtype: str, unsigned: bool) -> Tensor:
     }
     packed = CODES[::2] | CODES[1::2] << 4
     weight = QuantizedWeight("sdnq-uint4", {}, (1, 16), torch.float32, meta)
-    theirs: dict[str, Tensor] = {"weight": packed, "scale": torch.ones(1, 1)}
+    theirs: dict[str, Tensor] = {"weight": packed, "scale": torch.ones(1, 1, device="cpu")}
     if unsigned:
-        theirs["zero_point"] = torch.zeros(1, 1)
+        theirs["zero_point"] = torch.zeros(1, 1, device="cpu")
     values: Tensor = dequantizer_of(weight)(**theirs, dtype=torch.float32, skip_compile=True)
     return values.reshape(16)

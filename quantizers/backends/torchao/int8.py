@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...base import Kernel
 from ...kernels import forms, int8
 from ...kernels.choose import expanding, int8_rows
-from ...kernels.expand import Expansion, keeps_weights, linear
+from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight, TensorMeta
 from .library import load
 from .shared import Torchao, scaled
@@ -76,8 +76,6 @@ def _parts(q: QuantizedWeight) -> tuple[Tensor, Tensor]:
 def _w8a8(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The library's product, except that nothing is rounded between the two scales: with activations in float16 the
     library's intermediate result, not yet multiplied by the weight's scale, exceeds 65504 for larger values."""
-    if keeps_weights(x):  # the integer product has no derivative
-        return linear(x, _form(q), bias)
     flat = x.reshape(-1, x.shape[-1])
     # Activations as `Int8Tensor.from_hp` per row.
     smallest = torch.finfo(torch.float32).eps

@@ -127,6 +127,17 @@ def check_kernels(subject: Subject, dtype: torch.dtype) -> None:
         assert error <= subject.case.product, f"{tokens} tokens, `{kernel.name}`: relative error {error:.5f}"
 
 
+def check_gradients(subject: Subject, dtype: torch.dtype) -> None:
+    """The gradient of the activations is that of the dequantized weight, at few tokens and at many."""
+    q = subject.quantized(dtype)
+    layer, w = QuantizedLinear(q, None), subject.dequantize(q)
+    for tokens in (3, 64):
+        x = subject.x(torch.float32, tokens).requires_grad_()
+        (layer(x) * 2).sum().backward()
+        assert x.grad is not None
+        assert relative(x.grad, 2 * w.sum(0).expand(tokens, -1)) <= 0.006
+
+
 def check_compile(subject: Subject, dtype: torch.dtype) -> None:
     """torch.compile gives the eager result; aot_eager traces all that inductor would, and costs no C++ compiler."""
     layer, x = subject.layer(dtype), subject.x(dtype, 5)

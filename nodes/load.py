@@ -45,7 +45,8 @@ class LoadGGUF:
 class LoadAndQuantize:
     DESCRIPTION = (
         "Opens a full-precision diffusion model and quantizes it tensor by tensor while it is read, so that the whole "
-        "model is never in memory. The result is kept on disk, and the next load takes it from there."
+        "model is never in memory. The result is kept on disk, and the next load takes it from there. "
+        "Formats are chosen by name here; auto is for the Quantize nodes, which have the model's layers by then."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL", "REPORT")

@@ -11,12 +11,13 @@ from torch import nn
 from ..hosts import current
 from ..hosts.base import Host
 from ..quantizers.apply import LoraMode, OnFailure, OnQuantized, planning_slots, quantize_linears
-from ..quantizers.auto import AUTO, Choice, candidates, choose_format, predict_sizes
+from ..quantizers.auto import AUTO, Choice, DeviceFacts, candidates, choose_format, predict_sizes
 from ..quantizers.compat.modes import Carrier
+from ..quantizers.dequantize import stored_nbytes
 from ..quantizers.errors import SpecError
 from ..quantizers.families import find_family
-from ..quantizers.plan import Slot
-from ..quantizers.registry import format_ids
+from ..quantizers.plan import Slot, make_plan
+from ..quantizers.registry import format_ids, get_quantizer
 from ..quantizers.report import QuantReport, merge
 from ..quantizers.rules import KEEP, RuleSet, layer_name, matches, named_layers, parse_rules
 from ..quantizers.spec import QuantSpec, canonical
@@ -64,8 +65,10 @@ def quantize(model: Any, asked: Request) -> tuple[Any, QuantReport]:
     host = current()
     mode = LoraMode(asked.lora)
     model = host.prepare_lora(model, Carrier(asked.carrier), mode)
-    parts, kept = _parts(host.components(model), asked)
-    spec, choice = _base_spec(host, model, asked, parts)
+    components = host.components(model)
+    parts, kept = _parts(components, asked)
+    others = {name: module for name, module in components.items() if name not in parts}
+    spec, choice = _base_spec(host, model, asked, parts, others)
     specs = {name: _own_spec(spec, part, parts) for name, part in parts.items()}
     layers: dict[str, Any] = {}
     reports: list[QuantReport] = []
@@ -144,8 +147,14 @@ def _named(components: Mapping[str, nn.Module], key: str) -> list[str]:
     return found
 
 
-def _base_spec(host: Host, model: Any, asked: Request, parts: Mapping[str, Part]) -> tuple[QuantSpec, Choice | None]:
-    """The spec of the components that have no format of their own; chosen here where the format is `auto`."""
+def _base_spec(
+    host: Host, model: Any, asked: Request, parts: Mapping[str, Part], others: Mapping[str, nn.Module]
+) -> tuple[QuantSpec, Choice | None]:
+    """The spec of the components that have no format of their own; chosen here where the format is `auto`.
+
+    Args:
+        others: components that stay as they are.
+    """
     if asked.format != AUTO:
         return spec_from_inputs(asked.format, asked.config, asked.keep_layers), None
     if isinstance(asked.config, QuantSpec):
@@ -161,8 +170,23 @@ def _base_spec(host: Host, model: Any, asked: Request, parts: Mapping[str, Part]
     patterns_only = QuantSpec(format_ids()[0], exclude=exclude, rules=rules)
     shared = {name: part for name, part in parts.items() if not part.target} or parts
     sized = [(part.slots, *_lists(_narrowed(patterns_only, part.layers, parts))) for part in shared.values()]
-    choice = choose_format(device, *predict_sizes(sized, ranked))
+    beside = {
+        name: _predicted(_own_spec(patterns_only, part, parts), part.slots)
+        for name, part in parts.items()
+        if name not in shared
+    }
+    beside |= {name: stored_nbytes(module) for name, module in others.items() if not _counted(device, module)}
+    choice = choose_format(device, *predict_sizes(sized, ranked), beside)
     return QuantSpec(choice.format_id, exclude=exclude, rules=rules), choice
+
+
+def _predicted(spec: QuantSpec, slots: list[Slot]) -> int:
+    return make_plan(slots, spec, get_quantizer(spec.format_id)).nbytes_out
+
+
+def _counted(device: DeviceFacts, module: nn.Module) -> bool:
+    """Whether a component that stays has been taken off what is free: on a CPU it is in that memory already."""
+    return device.kind == "cpu" and all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _lists(spec: QuantSpec) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LayerMaker = Callable[[QuantizedWeight, "Tensor | None", Carrier], nn.Module]
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WORST_NOISE = 2.0  # times the signal
 REPORTED_TOKENS = 1024  # for which the report names a layer's kernel
 T = TypeVar("T")
 
@@ -66,9 +67,31 @@ def slots_of(model: nn.Module) -> list[Slot]:
         Slot(
             TensorMeta(name, tuple(p.shape), p.dtype),
             all(isinstance(m, nn.Linear) and leaf == "weight" for _, m, leaf in users),
+            next((own for _, m, leaf in users if leaf == "weight" and (own := _own_forward(m))), ""),
         )
         for name, (p, users) in _parameters(model).items()
     ]
+
+
+# Classes that compute what nn.Linear does in a `forward` of their own, or the modules they come from: ComfyUI's cast
+# their weights to the dtype of the input, and so do our layers for it; diffusers' adds a LoRA that its models no longer
+# set; transformers' differs in how it rounds.
+_SAME_PRODUCT = (
+    "comfy.ops.",
+    f"{__name__.removesuffix('quantizers.apply')}hosts.",
+    "diffusers.models.lora.LoRACompatibleLinear.",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.",
+)
+
+
+def _own_forward(layer: nn.Module) -> str:
+    """Why a linear layer cannot be replaced by one that multiplies with its weight alone; empty where it can."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return ""
+    by = next(c for c in type(layer).__mro__ if "forward" in vars(c))
+    if f"{by.__module__}.{by.__qualname__}.".startswith(_SAME_PRODUCT):
+        return ""
+    return f"{by.__name__} is a subclass of nn.Linear with a forward of its own, which a quantized layer would lose"
 
 
 def planning_slots(model: nn.Module, on_quantized: OnQuantized) -> list[Slot]:
@@ -107,6 +130,11 @@ def _parameters(model: nn.Module) -> dict[str, tuple[Tensor, list[_User]]]:
     for module_name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{module_name}.{leaf}" if module_name else leaf
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise WeightError(
+                    f"'{name}': {type(module).__name__} has no values yet; its shape is known after the first input.\n"
+                    "Run the model once, or load its weights, and quantize it then."
+                )
             found.setdefault(id(p), (name, p, []))[2].append((module_name, module, leaf))
     return {name: (p, users) for name, p, users in found.values()}
 
@@ -115,14 +143,16 @@ def _sources(model: nn.Module, on_quantized: OnQuantized) -> dict[str, _Source]:
     """Name -> tensor, in definition order.
 
     Raises:
-        WeightError: the model holds quantized layers, and is refused or holds some that cannot be read.
+        WeightError: the model holds quantized layers, and is refused or holds some that cannot be read; or it holds
+            parameters without a shape.
     """
+    parameters = _parameters(model)
     if on_quantized is OnQuantized.REFUSE:
         refuse_quantized(model)
     layers = quantized_layers(model) if on_quantized is OnQuantized.DEQUANTIZE else {}
     slots = {slot.meta.name: slot for slot in slots_of(model)}
     sources: dict[str, _Source] = {}
-    for name, (p, users) in _parameters(model).items():
+    for name, (p, users) in parameters.items():
         module_name, module, leaf = users[0]
         layer = layers.get(module_name)
         if layer is None or leaf == "bias":
@@ -197,6 +227,7 @@ def quantize_linears(
         plan.raise_on_refusal()
     if not plan.to_quantize and not plan.refused:
         raise SpecError(f"{title}: no linear layer is left to quantize with these patterns.")
+    _refuse_meta(plan, sources)
     _check_kept(plan, sources)
     report = QuantReport(title, spec.format_id, carrier.value, spec.to_uri())
     report.family, report.notes = plan.family, list(plan.notes)
@@ -219,6 +250,16 @@ def quantize_linears(
         report.entries.append(entry)
     report.seconds = time.perf_counter() - start
     return layers, report
+
+
+def _refuse_meta(plan: QuantPlan, sources: Mapping[str, _Source]) -> None:
+    for decision in plan.to_quantize:
+        for _, module, _ in sources[decision.meta.name].users:
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                raise WeightError(
+                    f"'{decision.meta.name}': is on the device meta, where a tensor has a shape but no values.\n"
+                    "Load the model's weights to a device with memory (cpu will do), and quantize it then."
+                )
 
 
 def _check_kept(plan: QuantPlan, sources: Mapping[str, _Source]) -> None:
@@ -263,7 +304,7 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
         name: for messages.
         w: (N, K) float32, float16 or bfloat16; not modified.
     Raises:
-        WeightError: nan or inf in the weight, another dtype, or a result that is not finite.
+        WeightError: nan or inf in the weight, another dtype, or a result that is not finite or worse than zeros.
         SpecError: the format cannot hold this shape.
     """
     quantizer = require(spec.format_id)
@@ -282,6 +323,13 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     values = [t for n, t in weight.tensors.items() if n != "qdata" or t.dtype.itemsize == 1]
     if not math.isfinite(entry.noise) or not all(finite(t) for t in values):
         raise WeightError(f"'{name}': {spec.format_id} gives non-finite values; the weight exceeds its range.")
+    if entry.noise > WORST_NOISE * entry.signal:
+        # Zeros have 0 dB. The margin is for formats of one or two bits, and for rounding of values near the limits.
+        sqnr = f"{entry.sqnr_db:.1f} dB" if entry.sqnr_db is not None else "below every number"
+        raise WeightError(
+            f"'{name}': {spec.format_id} gives SQNR {sqnr}: the result is worse than a layer of zeros.\n"
+            "Keep this layer at full precision (`exclude`), or choose another format for it."
+        )
     kernel = quantizer.kernel(weight, w.device, w.dtype, REPORTED_TOKENS)
     return weight, dataclasses.replace(entry, format_id=spec.format_id, kernel=f"{kernel.name}: {kernel.reason}")
 

@@ -93,11 +93,14 @@ def candidates(device: DeviceFacts) -> tuple[str, ...]:
     return (*fp8, *_INT8, *_MIDDLE, *fp4, *_4BIT)
 
 
-def choose_format(device: DeviceFacts, model: ModelFacts, sizes: Mapping[str, int]) -> Choice:
+def choose_format(
+    device: DeviceFacts, model: ModelFacts, sizes: Mapping[str, int], beside: Mapping[str, int] | None = None
+) -> Choice:
     """The best format that fits.
 
     Args:
         sizes: predicted bytes of the model in each format that runs here and holds every layer.
+        beside: name -> bytes of what shares the memory with it and is not to be chosen here.
     Raises:
         SpecError: `sizes` has none of the device's formats.
     """
@@ -107,9 +110,12 @@ def choose_format(device: DeviceFacts, model: ModelFacts, sizes: Mapping[str, in
             f"auto: no format for {device.name} runs here and holds every layer of this model.\n"
             "Choose a format by name; `quantwire formats` tells what runs."
         )
-    usable = device.usable_nbytes
+    beside = beside or {}
+    usable = device.usable_nbytes - sum(beside.values())
     head = f"auto: {_device_text(device)}, {_count(model.parameters)} parameters ({_size(model.nbytes)})"
     free = f"{_size(device.free_nbytes)} free"
+    if beside:
+        free += f", of which {' and '.join(f'{name} takes {_size(n)}' for name, n in beside.items())}"
     fit = next((f for f in ranked if sizes[f] <= usable), None)
     if fit is None:
         smallest = min(ranked, key=lambda f: sizes[f])

@@ -7,7 +7,9 @@ model can hold a library's layers only if the library is loaded.
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -46,12 +48,16 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     Raises:
         WeightError: a layer that cannot be dequantized here; names it and what it holds.
     """
-    found: dict[str, QuantizedLayer] = {}
+    held: dict[str, tuple[nn.Module, Found]] = {}
+    plain: list[Tensor] = []
     for name, layer in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         # One layer at a time: `find_carriers` tells what a module and those below it hold.
-        held = [] if _has_children(layer) else find_carriers(layer)
-        if held:
-            found[name] = _layer(name or type(layer).__name__, layer, held[0])
+        carriers = [] if _has_children(layer) else find_carriers(layer)
+        if carriers:
+            held[name] = layer, carriers[0]
+        plain += [p for n, p in layer.named_parameters(recurse=False) if n == "bias" or not carriers]
+    dtype = _prevailing_dtype(plain)
+    found = {n: _layer(n or type(layer).__name__, layer, kind, dtype) for n, (layer, kind) in held.items()}
     groups = find_carriers(model)
     if sum(group.layers for group in groups) != len(found):
         first = (
@@ -68,7 +74,16 @@ def _has_children(layer: nn.Module) -> bool:
     return next(iter(layer.children()), None) is not None
 
 
-def _layer(name: str, layer: nn.Module, found: Found) -> QuantizedLayer:
+def _prevailing_dtype(plain: list[Tensor]) -> torch.dtype:
+    """What most values of a model are in; float16 where there are none, which bitsandbytes takes for int8."""
+    count: Counter[torch.dtype] = Counter()
+    for p in plain:
+        if p.is_floating_point() and p.dtype.itemsize in (2, 4):
+            count[p.dtype] += p.numel()
+    return count.most_common(1)[0][0] if count else torch.float16
+
+
+def _layer(name: str, layer: nn.Module, found: Found, model_dtype: torch.dtype) -> QuantizedLayer:
     if isinstance(layer, QuantizedLinear):
         weight = layer.quantized_weight
         return QuantizedLayer(
@@ -84,6 +99,12 @@ def _layer(name: str, layer: nn.Module, found: Found) -> QuantizedLayer:
         return QuantizedLayer(found.format_id, tuple(p.shape), p.dtype, nbytes, lambda: _plain(p.detach()))
     if found.kind == "Params4bit" and getattr(p, "quant_state", None) is not None:
         state = p.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise WeightError(
+                f"'{name}': bitsandbytes has repacked this {found.format_id} layer for AVX512-BF16 at its first "
+                "product, and rounded its scales.\n"
+                "Load the model again and quantize it before it computes, or quantize the full-precision model."
+            )
         return QuantizedLayer(found.format_id, tuple(state.shape), state.dtype, nbytes, lambda: _bnb_4bit(p))
     if found.kind == "Int8Params":
         # bitsandbytes moves the scales from the parameter to the layer's state at the first product.
@@ -91,11 +112,17 @@ def _layer(name: str, layer: nn.Module, found: Found) -> QuantizedLayer:
         scales = getattr(held_by, "SCB", None)
         if scales is not None:
             bias = getattr(layer, "bias", None)
-            dtype = bias.dtype if isinstance(bias, Tensor) else torch.float16
+            # The parameter itself keeps no dtype but int8.
+            dtype = bias.dtype if isinstance(bias, Tensor) else model_dtype
             return QuantizedLayer(
                 found.format_id, tuple(p.shape), dtype, nbytes, lambda: (p.data * (scales / 127)[:, None]).to(dtype)
             )
     raise _cannot(name, found)
+
+
+def stored_nbytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters as they are held, quantized or not; shared ones once."""
+    return sum(t.numel() * t.element_size() for p in model.parameters() for t in _stored(p))
 
 
 def _cannot(name: str, found: Found) -> WeightError:
@@ -123,5 +150,11 @@ def _plain(p: Any) -> Tensor:
 
 
 def _bnb_4bit(p: Any) -> Tensor:
+    """As one row of all values: with (N, K) the library's CPU kernel is wrong for some K, see `backends/bnb`."""
     functional: Any = sys.modules["bitsandbytes.functional"]
-    return functional.dequantize_4bit(p.data, p.quant_state)
+    state = copy.copy(p.quant_state)
+    shape = torch.Size(state.shape)
+    state.shape = torch.Size((1, shape.numel()))
+    # Bytes, whatever dtype they are held as; the library's operators know only some.
+    packed = p.data.reshape(-1).view(torch.uint8).unsqueeze(1)
+    return functional.dequantize_4bit(packed, state).reshape(shape)

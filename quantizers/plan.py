@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -35,10 +35,16 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of a model as the plan sees it; `linear` is true for the weight of a linear layer."""
+    """A tensor of a model as the plan sees it.
+
+    Attributes:
+        linear: whether it is the weight of a linear layer.
+        stays: why a linear layer cannot be replaced, whatever the format; empty where it can.
+    """
 
     meta: TensorMeta
     linear: bool
+    stays: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Decision:
 
     Attributes:
         nbytes_out: the predicted size.
-        spec: format and options of a tensor that is quantized or refused; no layer patterns. None where it is kept.
+        spec: format and options of a tensor that is quantized, or refused by that format; no layer patterns. None where
+            it is kept, or where no format could take it.
     """
 
     meta: TensorMeta
@@ -106,7 +113,7 @@ class QuantPlan:
         first = self.refused[0]
         more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
         candidates = format_ids() if among is None else among
-        fit = next((f for f in candidates if all(_fits(f, d.meta) for d in self.refused)), None)
+        fit = next((f for f in candidates if all(d.spec and _fits(f, d.meta) for d in self.refused)), None)
         other = f"Use {fit}, or add" if fit else "Add"
         raise SpecError(
             f"'{first.meta.name}': {first.reason}{more}.\n{other} the layer to the layers to keep (`exclude`)."
@@ -129,7 +136,8 @@ def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> Q
     hits = resolve(spec.rules, spec.exclude, spec.include, list(layers))
     family = find_family(s.meta for s in slots)
     asked = {name for name in layers if name in hits or any(matches(p, name) for p in spec.include)}
-    kept, notes = _built_in(family, {n: m for n, m in layers.items() if n not in asked})
+    fixed = {layer_name(s.meta.name) for s in slots if s.stays}
+    kept, notes = _built_in(family, layers, asked | fixed)
     base = _without_patterns(spec)
     specs = {spec.format_id: base}
     decisions: list[Decision] = []
@@ -139,6 +147,9 @@ def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> Q
             decisions.append(_kept(slot.meta, "not a linear weight"))
         elif name in hits and hits[name].target == KEEP:
             decisions.append(_kept(slot.meta, _why_kept(hits[name])))
+        elif slot.stays:
+            action = Action.REFUSE if name in asked else Action.KEEP
+            decisions.append(Decision(slot.meta, action, slot.stays, slot.meta.nbytes))
         elif name in hits:
             target = hits[name].target
             chosen = specs.setdefault(target, QuantSpec.from_uri(target))
@@ -155,15 +166,23 @@ def _without_patterns(spec: QuantSpec) -> QuantSpec:
     return QuantSpec(spec.format_id, options=spec.options) if spec.include or spec.exclude or spec.rules else spec
 
 
-def _built_in(family: Family, layers: Mapping[str, TensorMeta]) -> tuple[dict[str, str], list[str]]:
-    """Reasons of the layers that stay by the family's rules, and what to say of those that are too large to."""
+def _built_in(
+    family: Family, layers: Mapping[str, TensorMeta], decided: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Reasons of the layers that stay by the family's rules, and what to say of those that are too large to.
+
+    Args:
+        decided: layers that these rules have no say in. They count for how large layers of a kind are together, so that
+            a rule on some of them changes nothing for the others.
+    """
     found = {name: keep for name in layers if (keep := reason_to_keep(family, name)) is not None}
     reasons: dict[str, str] = {}
     notes: list[str] = []
     for keep in dict.fromkeys(found.values()):
         names = [name for name, k in found.items() if k is keep]
         nbytes = sum(layers[name].nbytes for name in names)
-        if keep.unless_large and nbytes > LARGE_NBYTES:
+        names = [name for name in names if name not in decided]
+        if names and keep.unless_large and nbytes > LARGE_NBYTES:
             names = [name for name in names if in_first_block(name)]
             notes.append(
                 f"{keep.reason} layers take {nbytes / 2**30:.1f} GiB of this model, so they are quantized too, except "

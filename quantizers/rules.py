@@ -115,7 +115,7 @@ def parse_rules(text: str | list[dict[str, str]]) -> tuple[Rule, ...]:
         return _from_json(text)
     if text.lstrip().startswith(("{", "[")):
         try:
-            return _from_json(json.loads(text))
+            return _from_json(json.loads(text, object_pairs_hook=_without_repeats))
         except json.JSONDecodeError as err:
             # A glob may begin with a bracket, JSON has no line of the form `... = ...`.
             if not any(" = " in line for line in text.splitlines()):
@@ -139,6 +139,18 @@ def to_text(rules: Iterable[Rule]) -> str:
 def to_json(rules: Iterable[Rule]) -> list[dict[str, str]]:
     """A list of objects, in order; `parse_rules` of its JSON text gives equal rules."""
     return [{"pattern": rule.pattern, "format": rule.target} for rule in rules]
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands for two things; `json` itself takes the last one silently."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise SpecError(
+                f"Rules contradict each other: '{key}' stands twice in one JSON object, as "
+                f"{json.dumps(found[key])} and as {json.dumps(value)}.\nKeep one of them."
+            )
+    return found
 
 
 def _from_json(data: Any) -> tuple[Rule, ...]:

@@ -77,9 +77,11 @@ class QuantSpec:
         backend = _backend_of_format(head, uri) if bare else PACKAGES.get(head, head)
         given: dict[str, Any] = {}
         lists: dict[str, list[str]] = {}
-        for part in parts:
+        for position, part in enumerate(parts):
             name, equals, text = part.partition("=")
             name = name.strip()
+            if name == "rules":
+                _refuse_open_target(backend, text, parts[position + 1 :])
             if not equals or not name:
                 raise SpecError(f"{backend}: '{part.strip()}' in '{uri}' is not of the form argument=value.")
             if name in given or name in lists:
@@ -149,6 +151,27 @@ class QuantSpec:
         return cls(data["format"], include, exclude, options, rules=rules)
 
 
+def _refuse_open_target(backend: str, text: str, following: list[str]) -> None:
+    """Refuse `rules=b=bnb;bits=4`, in which `bits=4` reads as part of the rule's URI but belongs to the whole.
+
+    Args:
+        text: the value of `rules`, with its quotes.
+        following: the arguments after it.
+    Raises:
+        SpecError: the last rule's target is a backend's bare name without quotes, and its arguments may follow.
+    """
+    last = quoting.split(text, ",")[-1].strip()
+    if not following or not last or last[0] in quoting.QUOTES:
+        return
+    target = last.rpartition("=")[2].strip()
+    argument = following[0].strip()
+    if (target in ARGUMENTS or target in PACKAGES) and argument.partition("=")[0].strip() not in COMMON:
+        raise SpecError(
+            f"{backend}: argument 'rules': '{last}' ends at the ;, so '{argument}' is no part of that rule.\n"
+            f'Write rules="{last};{argument}" if it is to be, or else write the rules last.'
+        )
+
+
 def canonical(rule: Rule) -> Rule:
     """The rule with its target as `keep`, a bare format id, or a URI where options are set.
 
@@ -177,11 +200,11 @@ def _checked(format_id: str, backend: str, options: tuple[tuple[str, Any], ...])
         if name in SELECTORS[backend]:
             raise SpecError(f"{backend}: argument '{name}' is fixed by the format id '{format_id}'.")
         value = argument.parse(backend, name, _text(given))
-        if value == argument.default:
-            continue
+        # The default too: it is what other formats do when nothing is said, not what this one does.
         if argument.applies and format_id not in argument.applies:
             raise SpecError(f"{backend}: argument '{name}' does not apply to {format_id}, {_only(argument.applies)}.")
-        kept[name] = value
+        if value != argument.default:
+            kept[name] = value
     return tuple(sorted(kept.items()))
 
 

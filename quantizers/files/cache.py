@@ -7,6 +7,10 @@
 The key is a hash over the source's content, the spec, the host's layout, the versions that took part and the pack's own
 code, so an entry is never stale: whatever changes the result changes the key. `QUANTWIRE_CACHE` names another folder,
 `QUANTWIRE_CACHE_GIB` the size beyond which the entries that were not used for longest go.
+
+An entry's header is checked at each load, its data is not: a byte of it that changed on the disk while the size stayed
+is served as it is. Reading the whole file would cost what the memory map saves. Each entry has a checksum; with
+`QUANTWIRE_CACHE_VERIFY=1` it is verified at each load, and a damaged entry is removed, with a warning, and made again.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,15 +31,16 @@ from typing import Any
 
 from ..errors import FileError, SpecError
 from .checkpoint import Checkpoint, replace_file
+from .file_state import check_unchanged, file_state
 from .locks import locked
-from .quantized_file import read_quantized
+from .quantized_file import blocks, read_quantized, verify_checksum
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
 DEFAULT_GIB = 32.0
 ABANDONED_S = 3600  # a temporary file that nobody wrote to for so long belongs to a process that died
+Check = Callable[[Checkpoint], object]
 RACY_S = 2.0  # a file written less than this ago may change again without a new modification time
-HASH_BLOCK_NBYTES = 1 << 23
 
 
 class CacheUnwritable(FileError):
@@ -43,18 +49,36 @@ class CacheUnwritable(FileError):
 
 @dataclass(frozen=True)
 class Cache:
-    """Attributes: folder: made when the first file is; limit_nbytes: of all entries together."""
+    """A folder of quantized files.
+
+    Attributes:
+        folder: made when the first file is.
+        limit_nbytes: of all entries together.
+        verify: compare an entry's checksum at each load, which reads all of it.
+    """
 
     folder: Path
     limit_nbytes: int
+    verify: bool = False
 
-    def get(self, key: str) -> Checkpoint | None:
-        """The entry, memory-mapped, or None. A damaged one is removed with a warning."""
+    def get(
+        self, key: str, check: Check | None = None, waiting: Callable[[], object] | None = None
+    ) -> Checkpoint | None:
+        """The entry, memory-mapped, or None. A damaged one is removed with a warning.
+
+        Args:
+            check: raises FileError for an entry that cannot be used; it counts as damaged.
+            waiting: called again and again while an entry is verified; may raise to give up.
+        """
         path = self._path(key)
         try:
             if not path.is_file():
                 return None
             checkpoint = read_quantized(path)
+            if self.verify:
+                verify_checksum(path, waiting)
+            if check is not None:
+                check(checkpoint)
         except FileError as err:
             if path.exists():  # else another process evicted it just now
                 log.warning("%s: removed from the cache: %s", path.name, str(err).splitlines()[0])
@@ -66,7 +90,12 @@ class Cache:
         return checkpoint
 
     def get_or_make(
-        self, key: str, make: Callable[[Path], None], nbytes: int, waiting: Callable[[], object] | None = None
+        self,
+        key: str,
+        make: Callable[[Path], None],
+        nbytes: int,
+        waiting: Callable[[], object] | None = None,
+        check: Check | None = None,
     ) -> tuple[Checkpoint, bool]:
         """The entry, made first if need be; of several processes that ask for it one makes it and the others wait.
 
@@ -74,20 +103,22 @@ class Cache:
             make: writes the file at the path that it is given, whole or not at all.
             nbytes: how large it will be, about.
             waiting: called again and again while another process makes it; may raise to give up.
+            check: see `get`; not called for what is made now.
         Returns:
             the entry and whether it was made now.
         Raises:
             CacheUnwritable: no room or no permission. What `make` raises otherwise comes through.
         """
-        found = self.get(key)
+        found = self.get(key, check, waiting)
         if found is not None:
             return found, False
         path = self._path(key)
-        self._prepare(nbytes)
+        self._prepare()
         with locked(path.with_suffix(".lock"), waiting):
-            found = self.get(key)
+            found = self.get(key, check, waiting)
             if found is not None:
                 return found, False
+            self._make_room(nbytes)  # under the lock: what waits here for another process needs none
             try:
                 make(path)
             except FileError as err:
@@ -98,35 +129,47 @@ class Cache:
         self.evict(keep=path)
         return made, True
 
-    def _prepare(self, nbytes: int) -> None:
-        import shutil
-
+    def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
         except OSError as err:
             raise CacheUnwritable(f"{self.folder}: cannot be written: {err.strerror or err}.") from err
         if not os.access(self.folder, os.W_OK):
             raise CacheUnwritable(f"{self.folder}: cannot be written: no permission.")
-        if nbytes > free or nbytes > self.limit_nbytes:
-            room = f"{free / GIB:.2f} GiB free" if nbytes > free else f"a limit of {self.limit_nbytes / GIB:.2f} GiB"
-            raise CacheUnwritable(f"{self.folder}: no room: {nbytes / GIB:.2f} GiB needed, {room}.")
 
-    def evict(self, keep: Path | None = None) -> None:
-        """Remove the entries that were not used for longest until the rest is within the limit.
+    def _free(self) -> int:
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError as err:
+            raise CacheUnwritable(f"{self.folder}: cannot be written: {err.strerror or err}.") from err
 
-        Entries that another process has open are safe to remove: its map keeps the data (on Windows removing fails and
-        the entry stays).
+    def _make_room(self, nbytes: int) -> None:
+        """Evict as many entries as a new one needs; none where all of them would not be enough."""
+        needed = f"{self.folder}: no room: {nbytes / GIB:.2f} GiB needed"
+        if nbytes > self.limit_nbytes:
+            raise CacheUnwritable(f"{needed}, a limit of {self.limit_nbytes / GIB:.2f} GiB.")
+        if nbytes > self._free() + sum(size for _, size, _ in self._entries()):
+            raise CacheUnwritable(f"{needed}, {self._free() / GIB:.2f} GiB free even without the other entries.")
+        self.evict(room=nbytes)
+        if nbytes > self._free():
+            raise CacheUnwritable(f"{needed}, {self._free() / GIB:.2f} GiB free.")
+
+    def evict(self, keep: Path | None = None, room: int = 0) -> None:
+        """Remove the entries that were not used for longest until the rest and `room` are within the limit.
+
+        Entries that another process has open are safe to remove: its map keeps the data, and the disk its space until
+        the map goes (on Windows removing fails and the entry stays).
 
         Args:
             keep: is never removed.
+            room: bytes that must be free on the disk, too.
         """
         with locked(self.folder / "evict.lock"):
             self._remove_abandoned()
             entries = sorted(self._entries(), key=lambda entry: entry[0])
             total = sum(size for _, size, _ in entries)
             for _, size, path in entries:
-                if total <= self.limit_nbytes:
+                if total + room <= self.limit_nbytes and (not room or room <= self._free()):
                     break
                 if path != keep:
                     with contextlib.suppress(OSError):
@@ -156,17 +199,21 @@ class Cache:
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def source_hash(self, path: Path, hashing: Callable[[], object] | None = None) -> str:
+    def source_hash(
+        self, path: Path, hashing: Callable[[], object] | None = None, state: dict[str, int] | None = None
+    ) -> str:
         """SHA-256 of a file's content; hashed again only if its size, times or inode changed.
 
         Args:
             hashing: called after every block; may raise to give up.
+            state: of `file_state`, when something of the file was read before; None is now.
         Raises:
-            FileError: it cannot be read.
+            FileError: it cannot be read, or is not in that state before and after.
         """
         real = Path(os.path.realpath(path))
         note = self.folder / "sources" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
-        state = _state(real)
+        state = file_state(real) if state is None else state
+        check_unchanged(path, state)
         try:
             known: Any = json.loads(note.read_text(encoding="utf-8"))
             if known["state"] == state and known["path"] == str(real):
@@ -174,9 +221,7 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not noted yet, or damaged: hash it
         digest = _sha256(real, hashing)
-        after = _state(real)
-        if after != state:
-            raise FileError(f"{path.name}: changed while it was read.\nWait until it is written, then run again.")
+        check_unchanged(path, state)
         if time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) > RACY_S * 1e9:
             _write_json(note, {"path": str(real), "state": state, "sha256": digest})
         return digest
@@ -186,7 +231,7 @@ def default_cache() -> Cache:
     """The cache that the environment names, else the platform's own place.
 
     Raises:
-        SpecError: `QUANTWIRE_CACHE_GIB` is not a number of GiB.
+        SpecError: `QUANTWIRE_CACHE_GIB` is not a number of GiB, or `QUANTWIRE_CACHE_VERIFY` is neither 0 nor 1.
     """
     given = os.environ.get("QUANTWIRE_CACHE_GIB", "")
     try:
@@ -195,8 +240,12 @@ def default_cache() -> Cache:
         gib = math.nan
     if not 0 <= gib < math.inf:
         raise SpecError(f"QUANTWIRE_CACHE_GIB is '{given}', expected a number of GiB such as 32.")
-    folder = os.environ.get("QUANTWIRE_CACHE")
-    return Cache(Path(folder).expanduser().absolute() if folder else _platform_folder(), int(gib * GIB))
+    verify = os.environ.get("QUANTWIRE_CACHE_VERIFY", "")
+    if verify not in ("", "0", "1"):
+        raise SpecError(f"QUANTWIRE_CACHE_VERIFY is '{verify}', expected 1 (verify each load) or 0.")
+    given = os.environ.get("QUANTWIRE_CACHE")
+    folder = Path(given).expanduser().absolute() if given else _platform_folder()
+    return Cache(folder, int(gib * GIB), verify == "1")
 
 
 def _platform_folder() -> Path:
@@ -223,29 +272,10 @@ def _write_json(path: Path, value: Any) -> None:
         replace_file(path, write)
 
 
-def _state(path: Path) -> dict[str, int]:
-    try:
-        stat = path.stat()
-    except OSError as err:
-        raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-        "device": stat.st_dev,
-    }
-
-
 def _sha256(path: Path, hashing: Callable[[], object] | None) -> str:
     digest = hashlib.sha256()
-    block = bytearray(HASH_BLOCK_NBYTES)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while size := file.readinto(block):
-                digest.update(memoryview(block)[:size])
-                if hashing is not None:
-                    hashing()
-    except OSError as err:
-        raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
+    for block in blocks(path):
+        digest.update(block)
+        if hashing is not None:
+            hashing()
     return digest.hexdigest()

@@ -27,15 +27,16 @@ def locked(path: Path, waiting: Callable[[], object] | None = None) -> Generator
         waiting: called again and again while somebody else holds the lock; may raise to give up.
     """
     fd = None
-    try:
-        while fd is None:
+    while fd is None:
+        try:
             fd = _try(path)
-            if fd is None:
-                if waiting is not None:
-                    waiting()
-                time.sleep(POLL_S)
-    except OSError as err:
-        log.warning("%s: cannot be locked: %s", path, err.strerror or err)
+        except OSError as err:
+            log.warning("%s: cannot be locked: %s", path, err.strerror or err)
+            break
+        if fd is None:
+            if waiting is not None:
+                waiting()  # outside the try: it may give up with an OSError
+            time.sleep(POLL_S)
     try:
         yield
     finally:

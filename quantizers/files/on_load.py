@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -134,23 +134,26 @@ class _Job:
         yield from quantize_parts(
             r.file, self.parts, plan, self.report, on_failure=r.on_failure, device=r.device, progress=self.progress
         )
+        r.file.check_unchanged()
 
     def in_memory(self) -> Checkpoint:
         return Checkpoint(self.request.file.path, dict(self.values()), {})
 
     def through(self, cache: Cache, poll: Callable[[], object] | None) -> Checkpoint:
-        source = cache.source_hash(self.request.file.path, poll)
+        file = self.request.file
+        # The header, the hash and the data must be of one file, or its entry would be found by another's content.
+        source = cache.source_hash(file.path, poll, file.state)
         key = cache_key(self._content(source))
-        found = cache.get(key)
+        found = cache.get(key, self._report_from, poll)
         if found is None:
             nbytes = self.plan.nbytes_out
             start = time.perf_counter()
-            found, made = cache.get_or_make(key, lambda path: self._write(path, source), nbytes, poll)
+            found, made = cache.get_or_make(
+                key, lambda path: self._write(path, source), nbytes, poll, self._report_from
+            )
             if made:
                 seconds = time.perf_counter() - start
                 self.report.notes.append(f"Made now in {seconds:.2f} s and kept in the cache.")
-                return found
-        self._report_from(found)
         return found
 
     def _content(self, source: str) -> dict[str, Any]:
@@ -170,14 +173,10 @@ class _Job:
 
     def _write(self, path: Path, source: str) -> None:
         metadata: dict[str, Any] = {}
-        before = self.request.file.path.stat()
 
         def values() -> Iterator[tuple[str, Value]]:
             start = time.perf_counter()
             yield from self.values()
-            after = self.request.file.path.stat()
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise FileError(f"{self.request.file.path.name}: changed while it was read.\nRun again.")
             metadata.update(self._facts(source, time.perf_counter() - start))
 
         write_quantized(path, values(), metadata, expected=2 * len(self.parts))
@@ -201,12 +200,34 @@ class _Job:
         }
 
     def _report_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the report of the run that made the file, which has every layer's error."""
+        """Take over the report of the run that made the file, which has every layer's error.
+
+        Raises:
+            FileError: it is not there or not whole; nothing is taken over then.
+        """
         made, report = file_metadata(checkpoint), self.report
-        report.entries = [Entry(**dict(zip(made["fields"], row, strict=True))) for row in made["entries"]]
-        report.family, report.warnings = made["family"], list(made["warnings"])
-        came = f"From the cache, where it took {made['seconds']:.2f} s to make ({made['made']})."
-        report.notes = [*made["notes"], came]
+        try:
+            entries = [_entry(made["fields"], row) for row in made["entries"]]
+            family, warnings, notes = str(made["family"]), _texts(made["warnings"]), _texts(made["notes"])
+            came = f"From the cache, where it took {made['seconds']:.2f} s to make ({made['made']})."
+        except (KeyError, TypeError, ValueError) as err:
+            raise FileError(f"{checkpoint.path.name}: corrupt report: {type(err).__name__}: {err}.") from err
+        report.entries, report.family, report.warnings, report.notes = entries, family, warnings, [*notes, came]
+
+
+def _entry(fields: list[str], row: list[Any]) -> Entry:
+    entry = Entry(**dict(zip(fields, row, strict=True)))
+    texts = (entry.name, entry.action, entry.reason, entry.format_id, entry.kernel)
+    numbers = (entry.nbytes_in, entry.nbytes_out, entry.signal, entry.noise, entry.sqnr_db or 0, entry.max_error or 0)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, (int, float)) for n in numbers):
+        raise TypeError(f"fields of another type in {row}")
+    return entry
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return [str(text) for text in cast("list[Any]", value)]
 
 
 def _versions(spec: QuantSpec) -> dict[str, str]:

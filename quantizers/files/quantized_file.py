@@ -8,6 +8,10 @@ with what the tensors do not tell (`format_id, orig_shape, orig_dtype, meta`, na
 The header of a safetensors file comes first and tells all offsets, which are known only when the last weight is
 quantized. So room is left for it and filled with blanks, which the format allows; where it is too small, the data moves
 up once. Holding the data until then was not chosen: a whole model must not be in memory.
+
+`checksum` in the JSON object is the CRC-32 of the data and then of the header (as JSON with sorted keys, without the
+checksum itself), made while the data is written. Reading does not look at it, since it would read the whole file;
+`verify_checksum` does. It tells damage, not forgery. BLAKE2b was not chosen: 0.7 GB/s against 3.2 GB/s of CRC-32.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,6 +37,7 @@ Value = Tensor | QuantizedWeight
 
 VERSION = 1
 KEY = "quantwire"
+CHECKSUM = "checksum"
 DTYPES: dict[str, torch.dtype] = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16},
     **{"I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16},
@@ -81,6 +87,7 @@ class _Writer:
         self._entries: dict[str, Any] = {}
         self._layers: dict[str, str] = {}
         self._later: dict[str, Tensor] = {}
+        self._crc = 0
         file.seek(self._room)
 
     def add(self, name: str, value: Value) -> None:
@@ -117,7 +124,9 @@ class _Writer:
     def _write(self, name: str, tensor: Tensor) -> None:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if raw.numel():
-            self._file.write(cast(Any, raw.numpy()))
+            content = cast(Any, raw.numpy())
+            self._file.write(content)
+            self._crc = zlib.crc32(content, self._crc)
         end = self._at + raw.numel()
         entry = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._at, end]}
         self._entries[name], self._at = entry, end
@@ -125,7 +134,9 @@ class _Writer:
     def finish(self, metadata: Mapping[str, Any]) -> None:
         for name, tensor in sorted(self._later.items(), key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
-        strings = {**self._layers, KEY: json.dumps({"version": VERSION, **metadata})}
+        own = json.dumps({"version": VERSION, **metadata})
+        checksum = _checksum(self._crc, {"__metadata__": {**self._layers, KEY: own}, **self._entries})
+        strings = {**self._layers, KEY: json.dumps({**json.loads(own), CHECKSUM: checksum})}
         header = json.dumps({"__metadata__": strings, **self._entries}, separators=(",", ":")).encode()
         needed = _up(8 + len(header), ALIGNMENT)
         if needed > self._room:
@@ -165,6 +176,60 @@ def read_quantized(path: Path) -> Checkpoint:
         if name != KEY:
             values[name] = _weight(path, name, _json(path, metadata, name), tensors)
     return Checkpoint(path, {**tensors, **values}, metadata)
+
+
+def verify_checksum(path: Path, reading: Callable[[], object] | None = None) -> None:
+    """Read all of a file of `write_quantized` and compare it with what was written.
+
+    Args:
+        reading: called after every block; may raise to give up.
+    Raises:
+        FileError: changed since it was written, without a checksum, or it cannot be read.
+    """
+    header = read_safetensors_header(path)
+    wanted = _json(path, header.get("__metadata__", {}), KEY).get(CHECKSUM)
+    if not isinstance(wanted, str):
+        raise FileError(f"{path.name}: has no checksum.")
+    found = _checksum(_data_crc(path, reading), header)
+    if found != wanted:
+        raise FileError(f"{path.name}: damaged: its checksum is {found}, written was {wanted}.")
+
+
+def _data_crc(path: Path, reading: Callable[[], object] | None) -> int:
+    crc, skip = 0, None
+    for block in blocks(path):
+        if skip is None:
+            (length,) = struct.unpack("<Q", block[:8])
+            skip = 8 + int(length)
+        crc = zlib.crc32(block[min(skip, len(block)) :], crc)
+        skip -= min(skip, len(block))
+        if reading is not None:
+            reading()
+    return crc
+
+
+def _checksum(data_crc: int, header: Mapping[str, Any]) -> str:
+    """Of a header with or without a checksum in it."""
+    metadata: dict[str, str] = header["__metadata__"]
+    own = json.loads(metadata[KEY])
+    own.pop(CHECKSUM, None)
+    canonical = json.dumps({**header, "__metadata__": {**metadata, KEY: own}}, sort_keys=True)
+    return f"crc32:{zlib.crc32(canonical.encode(), data_crc):08x}"
+
+
+def blocks(path: Path) -> Iterator[memoryview]:
+    """The content of a file; each block is good until the next one is asked for.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    block = memoryview(bytearray(BLOCK_NBYTES))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                yield block[:size]
+    except OSError as err:
+        raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
 
 
 def file_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ..registry import require
 from ..report import Entry, QuantReport
 from ..spec import QuantSpec
 from ..weight import TensorMeta
+from .file_state import check_unchanged, file_state
 from .quantized_file import DTYPES, Value, tensor_in
 from .safetensors_header import read_safetensors_header
 
@@ -48,6 +49,7 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: name -> tensor on the meta device, for code that asks for shapes and dtypes.
+        state: of `file_state`, from before the header was read.
 
     Raises:
         FileError: missing, truncated, corrupt, with dtypes that torch does not have, or already quantized.
@@ -55,6 +57,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.state = file_state(path)
         self._header = read_safetensors_header(path)
         self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
         self.shapes = {name: _on_meta(path, name, entry) for name, entry in self._header.items()}
@@ -65,6 +68,12 @@ class TensorFile:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
         self._base = 8 + int(length)
+
+    def check_unchanged(self) -> None:
+        """Raises:
+        FileError: the file is another one than when its header was read.
+        """
+        check_unchanged(self.path, self.state)
 
     def read(self, name: str) -> Tensor:
         """One tensor on a copy-on-write map of its own, which goes when the tensor does."""

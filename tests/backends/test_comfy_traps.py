@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
@@ -143,3 +144,13 @@ def test_rotation_spreads_outlier_columns() -> None:
         for q in (quantize(f"comfy-{kind}", w) for kind in ("int8", "int8-convrot"))
     ]
     assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("format_id", ["comfy-fp8-e4m3fn", "comfy-fp8-e5m2", "comfy-nvfp4"])
+def test_float16_weights_of_usual_sizes_keep_their_quality(format_id: str, std: float) -> None:
+    """comfy-kitchen multiplies by 1 / scale in float16, which is inf for e5m2 where all weights are below 0.8."""
+    least = {"comfy-fp8-e4m3fn": 30, "comfy-fp8-e5m2": 24.5, "comfy-nvfp4": 19.5}[format_id]
+    _, entry = quantize_tensor("w", (values(64, 256) * std).to(torch.float16), QuantSpec(format_id))
+    assert entry.sqnr_db is not None
+    assert entry.sqnr_db > least

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from quantwire.quantizers.errors import FileError, SpecError
 from quantwire.quantizers.files import cache as module
 from quantwire.quantizers.files.cache import GIB, Cache, CacheUnwritable, cache_key, default_cache
 from quantwire.quantizers.files.locks import locked
-from quantwire.quantizers.files.quantized_file import write_quantized
+from quantwire.quantizers.files.quantized_file import verify_checksum, write_quantized
 
 SIZE = 1 << 20
 
@@ -90,6 +92,57 @@ def test_no_room(tmp_path: Path, nbytes: int) -> None:
         Cache(tmp_path, limit).get_or_make("a", unexpected, nbytes)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose disk holds 4 MiB. Only its size is made up: what is used is what lies there."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    usage = namedtuple("usage", "total used free")
+
+    def measured(path: Path) -> Any:
+        used = sum(p.stat().st_size for p in folder.iterdir())
+        return usage(4 * SIZE, used, 4 * SIZE - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", measured)
+    return folder
+
+
+def test_a_disk_of_made_up_size_filled_by_the_cache_still_takes_entries(small_disk: Path) -> None:
+    cache = Cache(small_disk, 100 * SIZE)
+    for i, name in enumerate("abc"):
+        cache.get_or_make(name, make, SIZE)
+        os.utime(small_disk / f"{name}.safetensors", (1000 + i, 1000 + i))
+    _, made = cache.get_or_make("d", make, 2 * SIZE)
+    assert made
+    assert {p.stem for p in small_disk.glob("*.safetensors")} == {"c", "d"}  # no more went than had to
+
+
+def test_nothing_is_removed_for_what_a_disk_of_made_up_size_can_never_take(small_disk: Path) -> None:
+    cache = Cache(small_disk, 100 * SIZE)
+    cache.get_or_make("a", make, SIZE)
+    with pytest.raises(CacheUnwritable, match="no room"):
+        cache.get_or_make("b", unexpected, 5 * SIZE)
+    with pytest.raises(CacheUnwritable, match="no room"):
+        Cache(small_disk, 2 * SIZE).get_or_make("b", unexpected, 3 * SIZE)
+    assert cache.get("a") is not None
+
+
+def test_room_is_made_before_the_file(cache: Cache) -> None:
+    """The entries stay within the limit while the next one is written, too."""
+    for i in range(9):
+        cache.get_or_make(str(i), make, SIZE)
+        os.utime(cache.folder / f"{i}.safetensors", (1000 + i, 1000 + i))
+    sizes: list[int] = []
+
+    def measured(path: Path) -> None:
+        sizes.append(sum(p.stat().st_size for p in cache.folder.glob("*.safetensors")))
+        make(path)
+
+    cache.get_or_make("next", measured, 3 * SIZE)
+    assert sizes[0] + 3 * SIZE <= cache.limit_nbytes
+    assert cache.get("8") is not None
+
+
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CacheUnwritable, match="cannot be written"):
@@ -126,7 +179,7 @@ CHILD = """
 import sys, time, torch
 from pathlib import Path
 from quantwire.quantizers.files.cache import Cache
-from quantwire.quantizers.files.quantized_file import write_quantized
+from quantwire.quantizers.files.quantized_file import verify_checksum, write_quantized
 folder, go = Path(sys.argv[1]), Path(sys.argv[2])
 def make(path):
     def values():
@@ -189,6 +242,95 @@ def test_waiting_can_be_given_up(tmp_path: Path) -> None:
         cache.get_or_make("a", unexpected, SIZE, stop)
 
 
+@pytest.mark.parametrize("stop", [InterruptedError, TimeoutError, PermissionError])
+def test_waiting_is_given_up_with_an_error_of_the_system_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: type[OSError]
+) -> None:
+    def give_up() -> None:
+        raise stop("given up")
+
+    ran = False
+    with locked(tmp_path / "a.lock"), pytest.raises(stop, match="given up"):
+        with locked(tmp_path / "a.lock", give_up):
+            ran = True
+    assert not ran
+    assert "cannot be locked" not in caplog.text
+
+
+def test_without_locks_the_block_runs_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ran = False
+    with locked(tmp_path / "missing" / "a.lock"):
+        ran = True
+    assert ran
+    assert "cannot be locked" in caplog.text
+
+
+def test_hashing_is_given_up_with_an_error_of_the_system_too(cache: Cache, tmp_path: Path) -> None:
+    def give_up() -> None:
+        raise InterruptedError("given up")
+
+    (tmp_path / "source").write_bytes(b"one")
+    with pytest.raises(InterruptedError, match="given up"):
+        cache.source_hash(tmp_path / "source", give_up)
+
+
+def change_a_byte(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [-1, -SIZE // 2, -SIZE], ids=["last byte", "middle", "first byte"])
+def test_changed_data_is_found_only_when_asked_to(
+    cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setenv("QUANTWIRE_CACHE", str(cache.folder))
+    monkeypatch.setenv("QUANTWIRE_CACHE_VERIFY", "1")
+    cache.get_or_make("a", make, SIZE)
+    verified = default_cache()
+    assert verified.verify
+    assert verified.get_or_make("a", unexpected, SIZE)[1] is False
+    change_a_byte(cache.folder / "a.safetensors", at)
+    served, made = cache.get_or_make("a", unexpected, SIZE)  # as documented: nothing of the data is read
+    assert not made
+    assert not torch.equal(served.tensors["t"], torch.ones(SIZE // 4))  # type: ignore[arg-type]
+    found, made = verified.get_or_make("a", make, SIZE)
+    assert made
+    assert torch.equal(found.tensors["t"], torch.ones(SIZE // 4))  # type: ignore[arg-type]
+    assert "removed from the cache" in caplog.text
+    assert "checksum" in caplog.text
+    assert verified.get_or_make("a", unexpected, SIZE)[1] is False
+
+
+def test_a_changed_header_is_found_when_asked_to(cache: Cache) -> None:
+    """One that is a header still: the same bytes read as other numbers."""
+    cache.get_or_make("a", make, SIZE)
+    path = cache.folder / "a.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    assert cache.get("a") is not None
+    assert Cache(cache.folder, cache.limit_nbytes, verify=True).get_or_make("a", make, SIZE)[1]
+
+
+def test_verifying_can_be_given_up(cache: Cache) -> None:
+    def give_up() -> None:
+        raise InterruptedError("given up")
+
+    cache.get_or_make("a", make, SIZE)
+    with pytest.raises(InterruptedError, match="given up"):
+        Cache(cache.folder, cache.limit_nbytes, verify=True).get_or_make("a", unexpected, SIZE, give_up)
+    assert cache.get("a") is not None
+
+
+def test_the_checksum_holds_where_the_data_moved_for_a_long_header(tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    tensors = {f"t{i}": torch.full((i * 700,), float(i)) for i in range(40)}  # small ones of odd sizes go last
+    write_quantized(path, tensors.items(), {"note": "x" * 90_000, "float": 0.1, "pair": (1, 2)}, expected=0)
+    verify_checksum(path)
+    change_a_byte(path, -1)
+    with pytest.raises(FileError, match="checksum"):
+        verify_checksum(path)
+
+
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are hashed, in order."""
@@ -242,6 +384,7 @@ def test_keys() -> None:
 def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("QUANTWIRE_CACHE", raising=False)
     monkeypatch.delenv("QUANTWIRE_CACHE_GIB", raising=False)
+    monkeypatch.delenv("QUANTWIRE_CACHE_VERIFY", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if sys.platform == "linux":
         assert default_cache() == Cache(tmp_path / "quantwire", 32 * GIB)
@@ -252,3 +395,10 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.setenv("QUANTWIRE_CACHE_GIB", bad)
         with pytest.raises(SpecError, match="QUANTWIRE_CACHE_GIB"):
             default_cache()
+    monkeypatch.delenv("QUANTWIRE_CACHE_GIB")
+    for value, verify in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("QUANTWIRE_CACHE_VERIFY", value)
+        assert default_cache().verify is verify
+    monkeypatch.setenv("QUANTWIRE_CACHE_VERIFY", "yes")
+    with pytest.raises(SpecError, match="QUANTWIRE_CACHE_VERIFY"):
+        default_cache()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,13 @@ import pytest
 import torch
 from quantwire.quantizers.apply import OnFailure, quantize_tensor
 from quantwire.quantizers.errors import FileError, SpecError, WeightError
+from quantwire.quantizers.files import cache as cache_module
 from quantwire.quantizers.files.cache import Cache
 from quantwire.quantizers.files.on_load import Request, quantize_file
 from quantwire.quantizers.files.stream import Part, TensorFile
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GIB = 1 << 30
@@ -167,6 +171,131 @@ def test_a_source_that_changes_meanwhile(source: TensorFile, tmp_path: Path) -> 
     with pytest.raises(FileError, match="changed while it was read"):
         quantize_file(Request(source, "test", lambda: parts_of(source), QuantSpec("bnb-nf4")), cache, progress=progress)
     assert not list(cache.folder.glob("*.safetensors"))
+
+
+def other_model(path: Path) -> None:
+    """Replace the file by one of the same size and header, by name, as a download does."""
+    tensors = {n: t.clone() for n, t in load_file(path).items()}
+    tensors["out.weight"] += 1
+    save_file(tensors, path.with_suffix(".new"))
+    stat = path.stat()
+    os.utime(path.with_suffix(".new"), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("when", ["header read", "hashed", "planned", "quantized"])
+@pytest.mark.parametrize("restored", ["by content", "by name", "no"])
+def test_no_entry_of_one_model_under_the_key_of_another(
+    source: TensorFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, restored: str
+) -> None:
+    """The file is replaced between two steps, and may be put back; whatever comes later is of the file that is there."""
+    cache = Cache(tmp_path / "cache", GIB)
+    original = source.path.read_bytes()
+    monkeypatch.setattr(cache_module, "RACY_S", 0.0)  # so that a hash is noted and taken over by the next load
+    kept = tmp_path / "kept"
+    kept.hardlink_to(source.path)
+    source = TensorFile(source.path)
+
+    def at(step: str) -> None:
+        if step == when:
+            other_model(source.path)
+
+    def parts() -> list[Part]:
+        at("planned")
+        return parts_of(source)
+
+    def progress(items: Any, total: int) -> Any:
+        yield from items
+        at("quantized")
+
+    def poll() -> None:
+        at("hashed")
+
+    at("header read")
+    request = Request(source, "test", parts, QuantSpec("gguf-q8-0"))
+    with pytest.raises(FileError, match="changed while it was read"):
+        quantize_file(request, cache, progress=progress, poll=poll)
+    assert not list(cache.folder.glob("*.safetensors"))
+    if restored == "by content":
+        source.path.write_bytes(original)
+    elif restored == "by name":
+        kept.replace(source.path)
+    file = TensorFile(source.path)
+    found, _ = quantize_file(Request(file, "test", lambda: parts_of(file), QuantSpec("gguf-q8-0")), cache)
+    wanted = quantize_tensor("out.weight", file.read("out.weight"), QuantSpec("gguf-q8-0"))[0]
+    assert all(torch.equal(a, b) for a, b in zip(raw(found.tensors["out.weight"]), raw(wanted), strict=True))
+
+
+def test_a_file_put_back_after_it_was_hashed_as_another(source: TensorFile, tmp_path: Path) -> None:
+    """Header and data of one model, the hash of another that lay there for a moment."""
+    cache = Cache(tmp_path / "cache", GIB)
+    kept = tmp_path / "kept"
+    kept.hardlink_to(source.path)
+    file = TensorFile(source.path)
+    other_model(source.path)
+
+    def parts() -> list[Part]:
+        kept.replace(source.path)
+        return parts_of(file)
+
+    with pytest.raises(FileError, match="changed while it was read"):
+        quantize_file(Request(file, "test", parts, QuantSpec("gguf-q8-0")), cache)
+    assert not list(cache.folder.glob("*.safetensors"))
+
+
+def test_a_source_that_changes_is_refused_without_a_cache_too(source: TensorFile) -> None:
+    def parts() -> list[Part]:
+        other_model(source.path)
+        return parts_of(source)
+
+    with pytest.raises(FileError, match="changed while it was read"):
+        quantize_file(Request(source, "test", parts, QuantSpec("gguf-q8-0")), None)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the JSON that stands beside the weights; the file stays one that can be read."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    own = json.loads(header["__metadata__"]["quantwire"])
+    change(own)
+    header["__metadata__"]["quantwire"] = json.dumps(own)
+    new = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(new) == length
+    path.write_bytes(content[:8] + new + content[8 + length :])
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    **{f"no {name}": lambda own, name=name: own.pop(name) for name in ("entries", "family", "fields", "seconds")},
+    **{f"no {name}": lambda own, name=name: own.pop(name) for name in ("warnings", "notes", "made")},
+    "entries are no list": lambda own: own.update(entries=3),
+    "rows are no lists": lambda own: own.update(entries=[1, 2]),
+    "a row is too short": lambda own: own["entries"][0].pop(),
+    "an unknown field": lambda own: own.update(fields=["x", *own["fields"][1:]]),
+    "sizes are words": lambda own: own["entries"][0].__setitem__(3, "many"),
+    "notes are no list": lambda own: own.update(notes="abc"),
+    "seconds are a word": lambda own: own.update(seconds="long"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_entry_without_its_report_is_made_again(
+    source: TensorFile, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cache = Cache(tmp_path / "cache", GIB)
+    request = Request(source, "test", lambda: parts_of(source), QuantSpec("gguf-q8-0"))
+    first, made = quantize_file(request, cache)
+    (path,) = cache.folder.glob("*.safetensors")
+    rewritten(path, DAMAGES[damage])
+    again, report = quantize_file(request, cache)
+    assert "removed from the cache" in caplog.text
+    assert any(note.startswith("Made now") for note in report.notes)
+    assert report.entries == made.entries
+    for name, value in first.tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(raw(again.tensors[name]), raw(value), strict=True)), name
+    _, found = quantize_file(request, cache)
+    assert any(note.startswith("From the cache") for note in found.notes)
+    assert found.entries == made.entries
 
 
 @pytest.mark.parametrize("sign", ["out.weight.absmax", "out.weight_scale", "out.comfy_quant", "scaled_fp8"])

@@ -69,6 +69,30 @@ def test_equals_quantize_model(executor: Executor, sampled: Any, make_node: Any,
     assert {e.name: (e.action, e.nbytes_in, e.nbytes_out) for e in results["report load"][0].entries} == by_name
 
 
+def test_a_damaged_cache_entry_is_made_again_when_verified(
+    executor: Executor, make_node: Any, host: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(keep: str) -> Any:
+        node = make_node("LoadAndQuantize", model_name=FILE, format="gguf-q8-0", keep_layers=keep)
+        graph = {"load": node, "m": make_node("Keep", value=["load", 0]), "r": make_node("Keep", value=["load", 1])}
+        results = executor.run(graph).results
+        return results["m"][0].transformer, results["r"][0].notes[-1].split(" ")[0]
+
+    first, _ = load("")
+    wanted = {name: tensor.clone() for name, tensor in raw_state(first).items()}
+    del first
+    (path,) = cache.glob("*.safetensors")
+    content = path.read_bytes()
+    path.unlink()  # a map of it may still be there
+    path.write_bytes(content[:-4096] + bytes(byte ^ 1 for byte in content[-4096:]))
+    assert load(" ")[1] == "From"
+    monkeypatch.setenv("QUANTWIRE_CACHE_VERIFY", "1")
+    again, came = load("  ")
+    assert came == "Made"
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in raw_state(again).items())
+    assert load("   ")[1] == "From"
+
+
 def test_library_carrier(executor: Executor, make_node: Any, host: Any) -> None:
     graph = {
         "model": make_node("UNETLoader", unet_name=FILE, weight_dtype="default"),

@@ -20,6 +20,7 @@ from quantwire.nodes.quantize import QuantConfig, QuantizeTextEncoder
 from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.auto import MIN_RESERVE, DeviceFacts, candidates
 from quantwire.quantizers.compat.modes import Carrier
+from quantwire.quantizers.dequantize import stored_nbytes
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.registry import available_formats, get_entry
 from quantwire.quantizers.spec import QuantSpec
@@ -423,3 +424,30 @@ def test_dequantize_first(executor: Executor, sampled: Any, make_node: Any, carr
     once = latents(executor, sampled("q", q=graph["q"]))
     # Rounding to 8 bits on top of 4 changes little beside what the 4 bits changed.
     assert 0 < distance(result.results["latent"][0]["samples"], once) < 0.05
+
+
+@pytest.mark.parametrize(
+    "others", [{"per_encoder": "t5xxl = bnb-int8"}, {"per_encoder": "t5xxl = keep"}, {"encoders": "clip_l"}]
+)
+def test_auto_counts_the_encoders_that_it_does_not_choose_for(
+    host: StandaloneHost, demo_models: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, str]
+) -> None:
+    clip = encoders(host, demo_models)
+
+    def auto(kind: str, nbytes: int) -> tuple[dict[str, int], Any]:
+        """Bytes of both encoders, and the report, with room for so many bytes beside the reserve."""
+        facts = DeviceFacts(kind, "GPU", nbytes + MIN_RESERVE, nbytes + MIN_RESERVE)
+        monkeypatch.setattr(StandaloneHost, "memory", lambda *_: facts)
+        made, report = quantize_encoders(clip, format="auto", **others)
+        return {n: stored_nbytes(e.module) for n, e in made.encoders.items()}, report
+
+    held, report = auto("xpu", 2**28)
+    assert "of which t5xxl takes " in report.notes[0]
+    held, report = auto("xpu", sum(held.values()))
+    assert report.warnings == [], "both fit exactly"
+    _, report = auto("xpu", held["t5xxl"])
+    assert "so part of it must be offloaded" in report.warnings[0], "clip_l fits, but not beside t5xxl"
+    assert held["clip_l"] <= held["t5xxl"]
+    if "bnb-int8" not in others.get("per_encoder", ""):
+        _, report = auto("cpu", held["t5xxl"])
+        assert report.warnings == [], "what stays is in that memory already, so it is not free"

@@ -151,3 +151,13 @@ def test_what_the_systems_say(tmp_path: Path) -> None:
     assert memory._within_limit(20 * GIB, 32 * GIB, tmp_path) == (3 * GIB, 8 * GIB)
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._within_limit(20 * GIB, 32 * GIB, tmp_path) == (20 * GIB, 32 * GIB)
+
+
+def test_what_shares_the_memory_is_taken_off() -> None:
+    card = cuda(16, 15, (8, 9))
+    alone = choose_format(card, FLUX, FLUX_SIZES)
+    assert choose_format(card, FLUX, FLUX_SIZES, {}) == alone
+    choice = choose_format(card, FLUX, FLUX_SIZES, {"t5xxl": 5 * GIB, "clip_l": GIB // 4})
+    assert (alone.format_id, choice.format_id) == ("comfy-fp8-e4m3fn", "bnb-nf4"), "8.95 GiB are left, q6-k takes 9.1"
+    assert "of 15.0 GiB free, of which t5xxl takes 5.0 GiB and clip_l takes 256.0 MiB" in choice.why
+    assert not choose_format(card, FLUX, FLUX_SIZES, {"t5xxl": 15 * GIB}).fits

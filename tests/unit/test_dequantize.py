@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
-from quantwire.quantizers.apply import OnQuantized, quantize_linears
+from quantwire.quantizers.apply import OnQuantized, quantize_linears, quantize_tensor
 from quantwire.quantizers.compat.modes import Carrier
-from quantwire.quantizers.dequantize import quantized_layers
+from quantwire.quantizers.dequantize import quantized_layers, stored_nbytes
 from quantwire.quantizers.errors import WeightError
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.rules import Rule
@@ -130,3 +131,57 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
         WeightError, match=r"^'a': already quantized \(gguf-q8-0, library carrier, GGUFParameter\), and"
     ):
         quantize_linears(model, QuantSpec("bnb-int8"), on_quantized=FIRST)
+
+
+def four_bit(k: int, dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8) -> tuple[Any, nn.Linear]:
+    """A library layer made as the library's users make it, and what it was made from."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    source = nn.Linear(k, 64, bias=False, dtype=dtype)
+    with torch.no_grad():
+        source.weight *= 5 * torch.rand(64, 1, dtype=dtype)  # blocks cross rows, so wrong maxima show
+    layer = bnb.nn.Linear4bit(k, 64, bias=False, quant_type="nf4", quant_storage=storage, compress_statistics=False)
+    layer.load_state_dict({"weight": source.weight.data})
+    return nn.Sequential(layer.to("cpu")).eval(), source
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [16, 48, 64, 80, 112])
+def test_four_bit_layers_whose_blocks_cross_rows(k: int, storage: torch.dtype) -> None:
+    model, source = four_bit(k, storage=storage)
+    weight, _ = quantize_tensor("a.weight", source.weight.detach(), QuantSpec("bnb-nf4"))
+    read = quantized_layers(model)["0"].read()
+    assert torch.equal(read, get_quantizer("bnb-nf4").dequantize(weight, torch.float32))
+
+
+def test_four_bit_layers_whose_bytes_were_repacked_are_refused() -> None:
+    """As the library does at a layer's first product on a CPU with AVX512-BF16; done by hand for all other CPUs."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model, _ = four_bit(128)
+    weight = model[0].weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.raises(WeightError) as failure:
+        quantize_linears(model, QuantSpec("gguf-q8-0"), on_quantized=FIRST)
+    said, advice = str(failure.value).splitlines()
+    assert said.startswith("'0': bitsandbytes has repacked this bnb-nf4 layer for AVX512-BF16")
+    assert advice.startswith("Load the model again")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("carrier", ["quantwire", "library"])
+def test_int8_without_a_bias_is_read_in_the_models_dtype(dtype: torch.dtype, carrier: str) -> None:
+    full = Model().to(dtype)
+    layers, _ = quantize_linears(full, QuantSpec("bnb-int8"), carrier=Carrier(carrier))
+    full.a, full.b = layers["a"], layers["b"]
+    assert full.b.bias is None
+    assert quantized_layers(full)["b"].dtype == quantized_layers(full)["b"].read().dtype == dtype
+
+
+def test_bytes_as_they_are_held() -> None:
+    whole = sum(p.numel() * p.element_size() for p in Model().parameters())
+    assert stored_nbytes(Model()) == whole
+    for carrier in ("quantwire", "library"):
+        packed = stored_nbytes(quantized("bnb-nf4", carrier))
+        assert 2 * 64 * 128 // 2 <= packed < whole / 2, carrier

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantwire.quantizers.apply import REPORTED_TOKENS, quantize_linears, quantize_tensor
+from quantwire.quantizers import apply
+from quantwire.quantizers.apply import REPORTED_TOKENS, OnFailure, quantize_linears, quantize_tensor, slots_of
 from quantwire.quantizers.base import Availability
-from quantwire.quantizers.errors import BackendUnavailable, SpecError
+from quantwire.quantizers.compat.modes import Carrier
+from quantwire.quantizers.errors import BackendUnavailable, SpecError, WeightError
 from quantwire.quantizers.plan import Action, QuantPlan, Slot, make_plan, matches, sensitive_reason
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.rules import Rule
 from quantwire.quantizers.spec import QuantSpec
-from quantwire.quantizers.weight import TensorMeta
+from quantwire.quantizers.weight import QuantizedWeight, TensorMeta
 
 EMBEDDER, EMBEDDING, NORM, FINAL = (
     f"sensitive: {reason}" for reason in ("embedder", "embedding", "norm or modulation", "final layer")
@@ -261,3 +263,103 @@ def test_formats_of_rules_must_run_before_any_work(monkeypatch: pytest.MonkeyPat
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
     with pytest.raises(BackendUnavailable, match=r"^gguf-q8-0: the library is missing\."):
         quantize_linears(model, QuantSpec("bnb-nf4", rules=(Rule("1", "gguf-q8-0"),)))
+
+
+@pytest.mark.parametrize("which", ["rules", "include"])
+def test_naming_some_layers_changes_nothing_for_the_others(which: str) -> None:
+    """20 modulation layers of 32 MiB are too many to keep; with 15 of them named, the other 5 alone would not be."""
+    slots = [slot(f"double_blocks.{i}.img_mod.lin", (8192, 2048)) for i in range(20)]
+    slots += [slot("double_blocks.0.img_attn.qkv"), slot("single_blocks.0.linear1"), slot("txt_in"), slot("img_in")]
+    named = r"re:blocks\.([1-9]|1[0-5])\.img_mod"
+    lists = {"rules": (Rule(named, "bnb-nf4"),)} if which == "rules" else {"include": (named,)}
+    without, some = (plan(slots, QuantSpec("gguf-q8-0", **kwargs)) for kwargs in ({}, lists))
+    asked = {f"double_blocks.{i}.img_mod.lin.weight" for i in range(1, 16)}
+    for a, b in zip(without.decisions, some.decisions, strict=True):
+        assert a.meta.name in asked or a == b
+    assert without.decisions[18].action is Action.QUANTIZE
+    assert without.notes == some.notes != ()
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def with_own_forward() -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), Doubled(64, 64))
+
+
+def test_a_layer_with_a_forward_of_its_own_stays() -> None:
+    layers, report = quantize_linears(with_own_forward(), QuantSpec("bnb-int8"))
+    assert list(layers) == ["0"]
+    (entry,) = (e for e in report.entries if e.name == "1.weight")
+    assert entry.action == "keep"
+    assert entry.reason.startswith("Doubled is a subclass of nn.Linear with a forward of its own")
+
+
+@pytest.mark.parametrize("asked", [{"include": ("1",)}, {"rules": (Rule("1", "bnb-nf4"),)}], ids=["include", "rule"])
+def test_such_a_layer_is_refused_where_the_user_names_it(asked: dict[str, tuple[Rule | str, ...]]) -> None:
+    with pytest.raises(SpecError) as failure:
+        quantize_linears(with_own_forward(), QuantSpec("bnb-int8", **asked))
+    said, advice = str(failure.value).splitlines()
+    assert said.startswith("'1.weight': Doubled is a subclass of nn.Linear with a forward of its own")
+    assert advice.startswith("Add the layer to the layers to keep"), "no other format would take it"
+    layers, report = quantize_linears(
+        with_own_forward(), QuantSpec("bnb-int8", **asked), on_failure=OnFailure.FULL_PRECISION
+    )
+    assert list(layers) == ["0"]
+    assert report.warnings[0].startswith("1.weight stays at full precision: Doubled is a subclass")
+
+
+def test_subclasses_that_multiply_as_linear_does_are_quantized() -> None:
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Named(torch.nn.Linear):
+        pass
+
+    def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight, self.bias)
+
+    # What ComfyUI's layers look like: nested classes of the module comfy.ops.
+    hosts = type("Linear", (torch.nn.Linear,), {"__module__": "comfy.ops", "forward": forward})
+    strange = type("Linear", (torch.nn.Linear,), {"__module__": "comfy.opsimilar", "forward": forward})
+    kinds = (torch.nn.Linear, NonDynamicallyQuantizableLinear, FalconLinear, Named, hosts, strange)
+    found = slots_of(torch.nn.Sequential(*(kind(64, 64, bias=False) for kind in kinds)))
+    assert [bool(s.stays) for s in found] == [False] * 5 + [True]
+    assert all(s.linear for s in found)
+
+
+def test_layers_without_values_are_refused_before_any_work() -> None:
+    lazy = torch.nn.Sequential(torch.nn.LazyLinear(64), torch.nn.Linear(64, 64))
+    with pytest.raises(WeightError, match=r"^'0\.weight': LazyLinear has no values yet.*\nRun the model once"):
+        quantize_linears(lazy, QuantSpec("bnb-int8"))
+    lazy(torch.zeros(1, 64))
+    assert len(quantize_linears(lazy, QuantSpec("bnb-int8"))[0]) == 2
+    seen: list[object] = []
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64, device="meta"))
+    for carrier in Carrier:
+        with pytest.raises(WeightError, match=r"^'1\.weight': is on the device meta.*\nLoad the model's weights"):
+            quantize_linears(
+                model, QuantSpec("bnb-int8"), carrier=carrier, progress=lambda items, total: seen.append(total) or items
+            )
+    assert seen == []
+    assert list(quantize_linears(model, QuantSpec("bnb-int8", exclude=("1",)))[0]) == ["0"]
+
+
+def test_a_result_that_is_worse_than_zeros_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(get_quantizer("bnb-int8"))
+
+    class Negated(kind):
+        """Gives finite values of the right size, every one with the wrong sign: noise of 4 times the signal."""
+
+        def quantize(self, w: torch.Tensor, spec: QuantSpec) -> QuantizedWeight:
+            return super().quantize(-w, spec)
+
+    monkeypatch.setattr(apply, "require", lambda _: Negated())
+    quantize_tensor("a.weight", torch.zeros(64, 64), QuantSpec("bnb-int8"))
+    with pytest.raises(WeightError) as failure:
+        quantize_tensor("a.weight", torch.randn(64, 64), QuantSpec("bnb-int8"))
+    said, advice = str(failure.value).splitlines()
+    assert said == "'a.weight': bnb-int8 gives SQNR -6.0 dB: the result is worse than a layer of zeros."
+    assert "exclude" in advice

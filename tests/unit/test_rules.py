@@ -140,3 +140,17 @@ def test_a_gguf_file_takes_rules_with_its_own_types_only(tmp_path: Path) -> None
     assert types == dict(zip(tensors, ("Q8_0", "Q4_0", "Q4_0", "BF16"), strict=True))
     with pytest.raises(SpecError, match=r"^A GGUF file cannot hold bnb-nf4\."):
         write_gguf(path, tensors, QuantSpec("gguf-q4-0", rules=(Rule("img_attn", "bnb-nf4"),)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": "keep", "a": "bnb-nf4"}', '\'a\' stands twice in one JSON object, as "keep" and as "bnb-nf4".'),
+        ('[{"pattern": "a", "format": "keep", "format": "bnb-nf4"}]', "'format' stands twice in one JSON object"),
+    ],
+)
+def test_a_key_that_stands_for_two_things_in_json(text: str, said: str) -> None:
+    with pytest.raises(SpecError) as failure:
+        parse_rules(text)
+    assert str(failure.value).startswith(f"Rules contradict each other: {said}")
+    assert parse_rules('{"a": "keep", "a": "keep"}') == (Rule("a", KEEP),)

@@ -86,7 +86,6 @@ def test_arguments_choose_the_format(uri: str, format_id: str) -> None:
     [
         "bnb-int8;int8-threshold=6.0",
         "bnb-nf4;bits4-use-double-quant=false",
-        "bnb;bits=8;bits4-use-double-quant=false",
         "gguf;include=;exclude=' '",
     ],
 )
@@ -212,6 +211,10 @@ def test_refused_rules_and_quotes_name_the_argument(uri: str, message: str) -> N
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        (
+            {"options": (("int8-threshold", 6.0),)},
+            "argument 'int8-threshold' does not apply to bnb-nf4, only to bnb-int8",
+        ),
         ({"options": (("bits4-compute-dtype", "int8"),)}, "must be one of float16, bfloat16, float32, got 'int8'"),
         ({"options": (("bits", 4),)}, "argument 'bits' is fixed by the format id 'bnb-nf4'"),
         ({"options": (("size", 4),)}, "unknown argument 'size'"),
@@ -221,7 +224,17 @@ def test_refused_rules_and_quotes_name_the_argument(uri: str, message: str) -> N
         ({"exclude": (r"re:a\'",)}, "holds a backslash before a quote"),
         ({"exclude": ("",)}, "Layer pattern '' is empty"),
     ],
-    ids=["value", "selector", "unknown", "line-break", "regex", "empty-regex", "escape", "empty-pattern"],
+    ids=[
+        "default-of-others",
+        "value",
+        "selector",
+        "unknown",
+        "line-break",
+        "regex",
+        "empty-regex",
+        "escape",
+        "empty-pattern",
+    ],
 )
 def test_specs_made_in_code_are_checked_too(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as failure:
@@ -320,3 +333,36 @@ def test_a_spec_from_json_is_checked(data: dict[str, Any], message: str) -> None
     with pytest.raises(SpecError) as failure:
         QuantSpec.from_dict(data)
     assert str(failure.value).splitlines()[0] == message
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("comfy;type=fp8-e4m3fn;scale=row", "comfy: argument 'scale' does not apply to comfy-fp8-e4m3fn"),
+        ("comfy;type=nvfp4;scale=row", "comfy: argument 'scale' does not apply to comfy-nvfp4"),
+        ("bnb;bits=4;int8-threshold=6", "bnb: argument 'int8-threshold' does not apply to bnb-fp4"),
+        (
+            "bnb;bits=8;bits4-use-double-quant=false",
+            "bnb: argument 'bits4-use-double-quant' does not apply to bnb-int8",
+        ),
+    ],
+)
+def test_an_argument_of_another_format_is_refused_at_its_default_too(uri: str, said: str) -> None:
+    assert refusal(uri).startswith(said)
+
+
+def test_a_rule_whose_arguments_would_go_to_the_whole() -> None:
+    said, advice = refusal("bnb;rules=a=keep,b=bnb;bits=4").splitlines()
+    assert said == "bnb: argument 'rules': 'b=bnb' ends at the ;, so 'bits=4' is no part of that rule."
+    assert advice.startswith('Write rules="b=bnb;bits=4" if it is to be')
+    assert refusal("gguf;rules=b = bitsandbytes;type=q4_0").startswith(
+        "gguf: argument 'rules': 'b = bitsandbytes' ends"
+    )
+    for uri in (
+        'bnb;rules="b = bnb;bits=4"',
+        "bnb;bits=4;rules=b=bnb",
+        "bnb;rules=b=bnb;exclude=c",
+        "bnb;rules=;bits=4",
+    ):
+        QuantSpec.from_uri(uri)
+    assert QuantSpec.from_uri('bnb;rules="b = bnb";bits=4').rules == (Rule("b", "bnb-int8"),)

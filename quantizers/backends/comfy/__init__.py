@@ -128,8 +128,9 @@ class Comfy(Quantizer):
         w = w.detach().contiguous()
         options = self._options(spec)
         qdata, params = self._layout.quantize(w, **options)
-        if self.native.divisor and not bool(params.scale):
-            # The scale of a weight of zeros, or in float16 of a tiny one, is 0 there, and dividing by it makes nan.
+        if self.native.divisor and _unusable(params.scale, w.dtype):
+            # The scale of a weight of zeros, or in float16 of a tiny one, is 0 there, and dividing by it makes nan; and
+            # where its inverse exceeds float16 (fp8-e5m2 with values below 0.8) every value lands on the largest.
             w = w.float()
             scale = torch.amax(w.abs()) / self.native.divisor
             qdata, params = self._layout.quantize(w, scale=scale.masked_fill(scale == 0, 1.0), **options)
@@ -209,6 +210,10 @@ def _parts(q: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 def _rotation(spec: QuantSpec) -> int:
     return int(spec.option("convrot-group-size", DEFAULT_ROTATION))
+
+
+def _unusable(scale: Tensor, dtype: torch.dtype) -> bool:
+    return float(scale) < (1 / torch.finfo(dtype).max if dtype is torch.float16 else 1e-45)
 
 
 def _one_scale(spec: QuantSpec) -> bool:

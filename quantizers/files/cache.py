@@ -148,11 +148,13 @@ class Cache:
         needed = f"{self.folder}: no room: {nbytes / GIB:.2f} GiB needed"
         if nbytes > self.limit_nbytes:
             raise CacheUnwritable(f"{needed}, a limit of {self.limit_nbytes / GIB:.2f} GiB.")
-        if nbytes > self._free() + sum(size for _, size, _ in self._entries()):
-            raise CacheUnwritable(f"{needed}, {self._free() / GIB:.2f} GiB free even without the other entries.")
-        self.evict(room=nbytes)
-        if nbytes > self._free():
-            raise CacheUnwritable(f"{needed}, {self._free() / GIB:.2f} GiB free.")
+        held = sum(size for _, size, _ in self._entries())
+        if nbytes <= self._free() + held:
+            self.evict(room=nbytes)
+            held = sum(size for _, size, _ in self._entries())
+        free = self._free()
+        if nbytes > free:
+            raise CacheUnwritable(f"{needed}, {free / GIB:.2f} GiB free and {held / GIB:.2f} GiB in other entries.")
 
     def evict(self, keep: Path | None = None, room: int = 0) -> None:
         """Remove the entries that were not used for longest until the rest and `room` are within the limit.

@@ -216,7 +216,7 @@ class _Job:
 
 
 def _entry(fields: list[str], row: list[Any]) -> Entry:
-    entry = Entry(**dict(zip(fields, row, strict=True)))
+    entry = cast(Any, Entry(**dict(zip(fields, row, strict=True))))
     texts = (entry.name, entry.action, entry.reason, entry.format_id, entry.kernel)
     numbers = (entry.nbytes_in, entry.nbytes_out, entry.signal, entry.noise, entry.sqnr_db or 0, entry.max_error or 0)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, (int, float)) for n in numbers):

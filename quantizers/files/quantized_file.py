@@ -199,8 +199,7 @@ def _data_crc(path: Path, reading: Callable[[], object] | None) -> int:
     crc, skip = 0, None
     for block in blocks(path):
         if skip is None:
-            (length,) = struct.unpack("<Q", block[:8])
-            skip = 8 + int(length)
+            skip = 8 + int.from_bytes(block[:8], "little")
         crc = zlib.crc32(block[min(skip, len(block)) :], crc)
         skip -= min(skip, len(block))
         if reading is not None:
@@ -233,8 +232,10 @@ def blocks(path: Path) -> Iterator[memoryview]:
 
 
 def file_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the writer put beside the tensors."""
-    return json.loads(checkpoint.metadata[KEY])
+    """What the writer was given to put beside the tensors, and the version of the layout."""
+    own = json.loads(checkpoint.metadata[KEY])
+    own.pop(CHECKSUM, None)
+    return own
 
 
 def map_tensors(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

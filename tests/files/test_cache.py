@@ -250,9 +250,8 @@ def test_waiting_is_given_up_with_an_error_of_the_system_too(
         raise stop("given up")
 
     ran = False
-    with locked(tmp_path / "a.lock"), pytest.raises(stop, match="given up"):
-        with locked(tmp_path / "a.lock", give_up):
-            ran = True
+    with locked(tmp_path / "a.lock"), pytest.raises(stop, match="given up"), locked(tmp_path / "a.lock", give_up):
+        ran = True
     assert not ran
     assert "cannot be locked" not in caplog.text
 

@@ -188,7 +188,7 @@ def other_model(path: Path) -> None:
 def test_no_entry_of_one_model_under_the_key_of_another(
     source: TensorFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, restored: str
 ) -> None:
-    """The file is replaced between two steps, and may be put back; whatever comes later is of the file that is there."""
+    """The file is replaced between two steps, and perhaps put back; what comes later is of the file that is there."""
     cache = Cache(tmp_path / "cache", GIB)
     original = source.path.read_bytes()
     monkeypatch.setattr(cache_module, "RACY_S", 0.0)  # so that a hash is noted and taken over by the next load

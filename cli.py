@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:
         # Its import reports optional kernels that are absent, and its int8 layer every cast to float16.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # diffusers imports torchao where it is installed, which then reports every CUDA extension that it cannot load.
+        for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     report: dict[str, Any] = {}
     try:
         code = args.handler(args, report)

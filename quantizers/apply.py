@@ -67,7 +67,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
         Slot(
             TensorMeta(name, tuple(p.shape), p.dtype),
             all(isinstance(m, nn.Linear) and leaf == "weight" for _, m, leaf in users),
-            next((own for _, m, leaf in users if leaf == "weight" and (own := _own_forward(m))), ""),
+            next((own for _, m, leaf in users if leaf == "weight" and (own := own_forward(m))), ""),
         )
         for name, (p, users) in _parameters(model).items()
     ]
@@ -84,7 +84,7 @@ _SAME_PRODUCT = (
 )
 
 
-def _own_forward(layer: nn.Module) -> str:
+def own_forward(layer: nn.Module) -> str:
     """Why a linear layer cannot be replaced by one that multiplies with its weight alone; empty where it can."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return ""

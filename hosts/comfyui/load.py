@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import FLOAT_DTYPES, OnFailure, make_layer
+from ...quantizers.apply import FLOAT_DTYPES, OnFailure, make_layer, own_forward
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.cache import default_cache
@@ -110,13 +110,14 @@ def _detect(file: TensorFile, names: dict[str, str]) -> tuple[Any, dict[str, Ten
 
 
 def _linear_weights(config: Any, shapes: dict[str, Tensor], dtype: torch.dtype) -> set[str]:
-    """Names of the weights of the linear layers."""
+    """Names of the weights of the linear layers that a quantized layer can stand for."""
     import comfy.ops
 
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
     model = config.get_model(shapes, "", device=torch.device("meta")).diffusion_model
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {f"{name}.weight" for name, m in linear if not own_forward(m)}
 
 
 def _shape_or_values(file: TensorFile, source: str) -> Tensor:

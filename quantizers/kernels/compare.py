@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,6 @@ class Difference:
     signal: float
     noise: float
     max_error: float
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.noise)
 
 
 def compare(w: Tensor, source: Expansion | Tensor) -> Difference:

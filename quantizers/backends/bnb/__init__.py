@@ -6,8 +6,8 @@ in which any value exceeds the threshold (default 6.0), which are multiplied in 
 high nibble (QLoRA, arXiv:2305.14314); with double quantization the absmax are themselves 8-bit, in blocks of 256. The
 packed bytes may be seen as another dtype (`bits4-quant-storage`), for sharding tools that move only one dtype.
 
-The arithmetic is the library's own operators on plain tensors (`int8_scaled_mm`, `gemm_4bit`). `Linear4bit` and
-`Linear8bitLt` are made by `to_native` only.
+Quantizing is the library's own, on plain tensors. So are the products on CUDA (`int8_scaled_mm`, `gemm_4bit`); on a CPU
+the pack's own compute the same, at every shape. `Linear4bit` and `Linear8bitLt` are made by `to_native` only.
 """
 
 from __future__ import annotations

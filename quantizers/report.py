@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .formats import BACKENDS
 from .kernels.compare import compare
 from .kernels.expand import Expansion
 
@@ -160,7 +161,7 @@ def _ratio_db(signal: float, noise: float) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions of this pack, torch and the quantization libraries that are installed."""
-    packages = ("quantwire", "torch", "bitsandbytes", "optimum-quanto", "gguf", "diffusers")
+    packages = ("quantwire", "torch", "diffusers", *(b.package for b in BACKENDS if b.package))
     return {package: version for package in packages if (version := version_of(package))}
 
 

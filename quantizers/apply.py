@@ -297,15 +297,18 @@ def _quantize_source(
     return {user: made[id(cast(nn.Linear, module).bias)] for user, module, _ in source.users}, entry
 
 
-def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWeight, Entry]:
+def quantize_tensor(
+    name: str, w: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> tuple[QuantizedWeight, Entry]:
     """Quantize one weight and measure what it cost.
 
     Args:
         name: for messages.
         w: (N, K) float32, float16 or bfloat16; not modified.
+        importance: (K,) float32, how much the error of a column counts.
     Raises:
         WeightError: nan or inf in the weight, another dtype, or a result that is not finite or worse than zeros.
-        SpecError: the format cannot hold this shape.
+        SpecError: the format cannot hold this shape, or takes no importance matrix.
     """
     quantizer = require(spec.format_id)
     meta = TensorMeta(name, tuple(w.shape), w.dtype)
@@ -315,7 +318,13 @@ def quantize_tensor(name: str, w: Tensor, spec: QuantSpec) -> tuple[QuantizedWei
     if refusal:
         raise SpecError(f"'{name}': {spec.format_id}: {refusal}.")
     check_finite(name, w)
-    weight = remember(quantizer.quantize(w, spec), spec)
+    try:
+        if importance is None:
+            weight = remember(quantizer.quantize(w, spec), spec)
+        else:
+            weight = remember(quantizer.quantize_weighted(w, spec, importance), spec)
+    except WeightError as err:
+        raise WeightError(f"'{name}': {spec.format_id}: {err}") from err
     restored = quantizer.form(weight) or quantizer.dequantize(weight, torch.float32)
     entry = measure(name, "linear weight", w, restored, weight.nbytes)
     # Wider qdata may be a container of codes (bitsandbytes packs 4 bits into bfloat16) whose bits spell nan; where it

@@ -53,6 +53,14 @@ class Quantizer:
         """Quantize a finite (N, K) float32/float16/bfloat16 weight that `refuse` did not refuse."""
         raise NotImplementedError
 
+    def quantize_weighted(self, w: Tensor, spec: QuantSpec, importance: Tensor) -> QuantizedWeight:
+        """As `quantize`, with the errors of column k counted `importance[k]` times, (K,) float32.
+
+        Raises:
+            SpecError: the format takes no importance matrix.
+        """
+        raise SpecError(f"{self.format_id} takes no importance matrix; the gguf formats do.")
+
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`, on the device of `q`."""
         raise NotImplementedError

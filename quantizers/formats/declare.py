@@ -102,6 +102,7 @@ class Backend:
         selectors: those arguments that choose the format.
         chosen: format id -> the values of the selectors that choose it.
         tensors: names of the plain tensors beside `qdata` that its weights may have.
+        also: further PyPI packages that it uses where they are installed, and their licences.
     """
 
     name: str
@@ -113,3 +114,4 @@ class Backend:
     selectors: tuple[str, ...]
     chosen: Mapping[str, Mapping[str, Any]]
     tensors: tuple[str, ...] = field(default=())
+    also: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())

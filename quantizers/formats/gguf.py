@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from .declare import Argument, Backend, FormatEntry
 
-# Bits a weight with the scales; llama.cpp and other converters make files of these.
-_READ_ONLY_GGUF = [
-    FormatEntry(f"gguf-{name}", "gguf", "make_reader", bits, f"GGUF {name.upper().replace('-', '_')}", writes=False)
-    for name, bits in {
-        **{"q4-1": 5, "q5-0": 5.5, "q5-1": 6, "q2-k": 2.625, "q3-k": 3.4375, "q4-k": 4.5, "q5-k": 5.5, "q6-k": 6.5625},
-        **{"iq1-s": 1.5625, "iq1-m": 1.75, "iq2-xxs": 2.0625, "iq2-xs": 2.3125, "iq2-s": 2.5625, "iq3-xxs": 3.0625},
-        **{"iq3-s": 3.4375, "iq4-nl": 4.5, "iq4-xs": 4.25, "tq1-0": 1.6875, "tq2-0": 2.0625, "mxfp4": 4.25},
-        **{"nvfp4": 4.5},
-    }.items()
-]
+# Bits a weight with the scales, and the values of a block.
+_TYPES = {
+    **{"q8_0": (8.5, 32), "q4_0": (4.5, 32), "q4_1": (5, 32), "q5_0": (5.5, 32), "q5_1": (6, 32)},
+    **{"q2_k": (2.625, 256), "q3_k": (3.4375, 256), "q4_k": (4.5, 256), "q5_k": (5.5, 256), "q6_k": (6.5625, 256)},
+    **{"iq1_s": (1.5625, 256), "iq1_m": (1.75, 256), "iq2_xxs": (2.0625, 256), "iq2_xs": (2.3125, 256)},
+    **{"iq2_s": (2.5625, 256), "iq3_xxs": (3.0625, 256), "iq3_s": (3.4375, 256), "iq4_nl": (4.5, 32)},
+    **{"iq4_xs": (4.25, 256), "tq1_0": (1.6875, 256), "tq2_0": (2.0625, 256), "mxfp4": (4.25, 32), "nvfp4": (4.5, 64)},
+}
+
+
+def _id(name: str) -> str:
+    return "gguf-" + name.replace("_", "-")
+
 
 BACKEND = Backend(
     name="gguf",
     package="gguf",
     licence="MIT",
     about="The tensor types of llama.cpp and GGUF files; weights stay in the blocks of the file.",
-    entries=(
-        FormatEntry("gguf-q8-0", "gguf", "make", 8.5, "GGUF Q8_0, blocks of 32"),
-        FormatEntry("gguf-q4-0", "gguf", "make", 4.5, "GGUF Q4_0, blocks of 32"),
-        *_READ_ONLY_GGUF,
+    entries=tuple(
+        FormatEntry(_id(name), "gguf", "make", bits, f"GGUF {name.upper()}, blocks of {block}")
+        for name, (bits, block) in _TYPES.items()
     ),
-    arguments={"type": Argument("q8_0", ("q8_0", "q4_0"), effect="GGUF tensor type.")},
+    arguments={"type": Argument("q8_0", tuple(_TYPES), effect="GGUF tensor type.")},
     selectors=("type",),
-    chosen={"gguf-q8-0": {"type": "q8_0"}, "gguf-q4-0": {"type": "q4_0"}},
+    chosen={_id(name): {"type": name} for name in _TYPES},
+    also={"libggml-python": "MIT"},
 )

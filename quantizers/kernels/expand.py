@@ -34,21 +34,29 @@ class Expansion:
         shape: (N, K).
         device: of the weight.
         fill: writes rows [start, stop) of the weight into its first argument, (stop - start, K) float32.
+        threaded: `fill` takes every float dtype and any number of rows at once, and has threads of its own.
+        any_dtype: on devices that are no CPU, and while torch.compile traces, `fill` takes every float dtype, computes
+            in float32 and rounds once.
     """
 
     shape: tuple[int, int]
     device: torch.device
     fill: Callable[[Tensor, int, int], None]
+    any_dtype: bool = False
+    threaded: bool = False
 
 
 def expand(source: Expansion, out: Tensor, start: int = 0) -> Tensor:
     """Write rows [start, start + len(out)) of a weight into `out` (rows, K), of any float dtype; returns `out`."""
     rows, k = out.shape
+    if source.threaded:
+        source.fill(out, start, start + rows)
+        return out
     whole = source.device.type != "cpu" or torch.compiler.is_compiling()  # a compiler merges the steps itself
     step = rows if whole else max(1, BLOCK_NUMEL // max(k, 1))
     for first in range(0, rows, max(step, 1)):
         last = min(first + step, rows)
-        if out.dtype is torch.float32:
+        if out.dtype is torch.float32 or (whole and source.any_dtype):
             source.fill(out[first:last], start + first, start + last)
             continue
         block = scratch("block", (last - first, k), torch.float32, source.device)

@@ -50,6 +50,7 @@ def test_every_library_is_in_an_extra_of_its_licence() -> None:
     """`pip install quantwire[backends]` brings no copyleft library unasked."""
     extras = {name: names(wanted) for name, wanted in PROJECT["project"]["optional-dependencies"].items()}
     free = {b.package for b in BACKENDS if b.package and not b.licence.startswith("GPL")}
+    free |= {package for b in BACKENDS for package, licence in b.also.items() if not licence.startswith("GPL")}
     assert extras["backends"] == free
     for backend in BACKENDS:
         if backend.licence.startswith("GPL"):

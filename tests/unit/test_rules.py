@@ -133,11 +133,12 @@ def test_a_gguf_file_takes_rules_with_its_own_types_only(tmp_path: Path) -> None
     import gguf
 
     names = ["double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "single_blocks.0.linear1", "txt_in"]
+    names += ["img_in", "final_layer.linear"]
     tensors = {f"{n}.weight": torch.randn(64, 64, dtype=torch.bfloat16) for n in names}
     path = tmp_path / "model.gguf"
     write_gguf(path, tensors, QuantSpec("gguf-q4-0", rules=(Rule("img_attn", "gguf-q8-0"),)))
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(str(path)).tensors}
-    assert types == dict(zip(tensors, ("Q8_0", "Q4_0", "Q4_0", "BF16"), strict=True))
+    assert types == dict(zip(tensors, ("Q8_0", "Q4_0", "Q4_0", "BF16", "BF16", "BF16"), strict=True))
     with pytest.raises(SpecError, match=r"^A GGUF file cannot hold bnb-nf4\."):
         write_gguf(path, tensors, QuantSpec("gguf-q4-0", rules=(Rule("img_attn", "bnb-nf4"),)))
 

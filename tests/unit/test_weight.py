@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.gguf import FEW, TYPES
 from quantwire.quantizers.apply import OnFailure, check_finite, quantize_linears
 from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.errors import SpecError, WeightError
@@ -55,7 +56,16 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
+def least_db(format_id: str) -> float:
+    """Of GGUF types what the conformance suite asks of them, since their bits say less."""
+    if format_id.startswith("gguf-"):
+        return TYPES[format_id.removeprefix("gguf-").upper().replace("-", "_")][0] - 1
+    return SQNR_DB[int(get_entry(format_id).bits)]
+
+
 def product_limit(format_id: str, dtype: torch.dtype) -> float:
+    if format_id.startswith("gguf-"):
+        return FEW  # ten tokens go to ggml's product
     if format_id in ACTIVATIONS_IN_INT8:
         return 0.02
     return NNCF_FLOAT32 if format_id.startswith("nncf") and dtype is torch.float32 else ROUNDING[dtype]
@@ -226,7 +236,7 @@ def test_quantize_linears_replaces_and_reports(format_id: str) -> None:
     }
     assert report.nbytes_in == sum(p.numel() * 4 for p in model.parameters())
     assert report.sqnr_db is not None
-    assert report.sqnr_db > SQNR_DB[int(get_entry(format_id).bits)]
+    assert report.sqnr_db > least_db(format_id)
     assert report.seconds > 0
     assert f"net: 2 linear layers in {format_id} (quantwire carrier)" in str(report)
 

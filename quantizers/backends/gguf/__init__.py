@@ -1,36 +1,39 @@
-"""GGUF tensor types (gguf >= 0.17, MIT): Q8_0 and Q4_0, and to read only, every other that gguf can dequantize.
+"""GGUF block types, all of those that gguf (>= 0.17, MIT) can read: made, restored and multiplied.
 
-A row of K values is K/32 blocks, each a scale and the packed values; `qdata` is the file's own bytes, (N, bytes a row)
+A row of K values is K / `block` blocks of `nbytes` bytes (`types`); `qdata` is the file's own bytes, (N, bytes a row)
 uint8, so rows can be cut and reordered without touching a value.
 
-Q8_0 block: float16 d, 32 int8; value = d * q. Q4_0 block: float16 d, 16 bytes; byte j holds value j in its low nibble
-and value j + 16 in its high one; value = d * (nibble - 8). Layouts: ggml-org/ggml ggml-common.h.
-
-Quantizing is gguf's own numpy code. Dequantizing is done here with torch operations, bit-equal to gguf's in float32.
-gguf's numpy was not chosen for it: it is right but slow, and works in host memory only. The types that are only read
-do use it, at every product.
+On the CPU ggml's C library does the work where it is installed (`ggml`, `products`; PyPI libggml-python, MIT), else and
+on other devices torch operations do (`eager`), and on CUDA Triton kernels where they can run. All give the same float32
+values, bit for bit. Without the library only the types that gguf's numpy code can quantize are made.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ...base import Availability, Kernel, Quantizer
-from ...kernels import forms
+from ...kernels import triton_gguf
+from ...kernels.choose import expanding
 from ...kernels.expand import Expansion, dequantized
 from ...weight import QuantizedWeight, TensorMeta
 from ..probing import probe_package
+from . import eager
+from .choose import few_tokens, library_or_reason
+from .types import TYPES, type_name
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install gguf`, or choose a bnb or quanto format."
-BLOCK_SIZE = 32
-BLOCK_NBYTES = {"Q8_0": 34, "Q4_0": 18}
-
+INSTALL_GGML = "run `pip install libggml-python`"
+# Types that gguf's own numpy code quantizes; the bytes are those of ggml.
+NUMPY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
+SLAB_NUMEL = 1 << 24  # values in float32 at a time while quantizing: 64 MiB
 
 # Type -> where the float16 scales of a block lie (ggml-common.h). Types not listed have scales of another kind.
 FLOAT16_SCALES = {
@@ -45,45 +48,68 @@ def make(format_id: str) -> Gguf:
     return Gguf(format_id)
 
 
-def make_reader(format_id: str) -> GgufReader:
-    return GgufReader(format_id)
-
-
 class Gguf(Quantizer):
     def __init__(self, format_id: str) -> None:
         self.format_id = format_id
-        self.type_name = format_id.removeprefix("gguf-").upper().replace("-", "_")  # Q8_0
+        self.type_name = type_name(format_id)
+        self.kind = TYPES[self.type_name]
 
     def probe(self) -> Availability:
-        return probe_package(self, "gguf", (0, 17), INSTALL)
+        # ggml takes seconds to make the tables of the IQ types, so their sample is a block of zeros, valid in each.
+        sample = self._zeros if self.type_name.startswith("IQ") or self._cannot_make() else None
+        return probe_package(self, "gguf", (0, 17), INSTALL, sample)
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
-        if t.shape[1] % BLOCK_SIZE:
-            return f"K={t.shape[1]} is not a multiple of block size {BLOCK_SIZE}"
-        return None
+        if t.shape[1] % self.kind.block:
+            return f"K={t.shape[1]} is not a multiple of block size {self.kind.block}"
+        return self._cannot_make() or None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
-        return t.numel // BLOCK_SIZE * BLOCK_NBYTES[self.type_name]
+        return t.numel // self.kind.block * self.kind.nbytes
 
     def quantize(self, w: Tensor, spec: QuantSpec) -> QuantizedWeight:
-        """qdata (N, K / 32 * bytes a block) uint8."""
-        import gguf
-        import numpy as np
+        """qdata (N, bytes a row) uint8."""
+        return self._quantize(w, None)
 
-        # Values whose scale is beyond float16 become inf, which the caller finds; numpy need not warn as well.
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = w.detach().to("cpu", torch.float32).contiguous().numpy()
-            packed: Any = gguf.quants.quantize(values, gguf.GGMLQuantizationType[self.type_name])
-        qdata = cast(Any, torch).from_numpy(packed).to(w.device)
-        return QuantizedWeight(self.format_id, {"qdata": qdata}, tuple(w.shape), w.dtype)
+    def quantize_weighted(self, w: Tensor, spec: QuantSpec, importance: Tensor) -> QuantizedWeight:
+        """With an importance matrix.
+
+        Raises:
+            WeightError: it is not (K,), not finite or negative.
+        """
+        return self._quantize(w, importance)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        return dequantized(_FORMS[self.type_name](q), dtype).reshape(q.orig_shape)
+        if not q.numel:
+            return torch.empty(q.orig_shape, dtype=dtype, device=q.tensors["qdata"].device)
+        return dequantized(self.form(q), dtype).reshape(q.orig_shape)
 
-    def form(self, q: QuantizedWeight) -> Expansion | None:
-        return _FORMS[self.type_name](q)
+    def form(self, q: QuantizedWeight) -> Expansion:
+        qdata = _rows(q)
+        shape = (qdata.shape[0], q.orig_shape[-1])
+        library, _ = library_or_reason(qdata.device)
+        if library is None:
+            return eager.expansion(self.type_name, qdata, shape)
+        qdata = qdata.contiguous()
+
+        def fill(out: Tensor, start: int, stop: int) -> None:
+            library.dequantize(self.kind, qdata, out, start)
+
+        return Expansion(shape, qdata.device, fill, threaded=True)
+
+    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        if device.type == "cuda":
+            kernel = triton_gguf.kernel_for(self.type_name, device, dtype, tokens)
+            if kernel is not None:
+                return kernel
+        kernel = few_tokens(self.kind, device, tokens)
+        if kernel is not None:
+            return kernel
+        library, reason = library_or_reason(device)
+        why = "ggml's dequantization in threads, a tile at a time" if library else f"torch operations: {reason}"
+        return expanding(self.form, why)
 
     def non_finite(self, q: QuantizedWeight) -> int:
         """From the scales where they tell it: a twentieth of the work of dequantizing."""
@@ -91,66 +117,53 @@ class Gguf(Quantizer):
         qdata = q.tensors["qdata"]
         if offsets is None or not qdata.numel():
             return super().non_finite(q)
-        size, nbytes = _block(self.type_name)
-        blocks = qdata.reshape(-1, nbytes)
+        blocks = qdata.reshape(-1, self.kind.nbytes)
         bad = torch.zeros(len(blocks), dtype=torch.bool, device=qdata.device)
         for at in offsets:
             bad |= ~torch.isfinite(blocks[:, at : at + 2].contiguous().view(torch.float16)[:, 0])
-        return size * int(bad.sum())
+        return self.kind.block * int(bad.sum())
 
+    def _quantize(self, w: Tensor, importance: Tensor | None) -> QuantizedWeight:
+        n, k = w.shape
+        step = max(1, SLAB_NUMEL // max(k, 1))
+        qdata = torch.empty(n, k // self.kind.block * self.kind.nbytes, dtype=torch.uint8)
+        library, _ = library_or_reason(torch.device("cpu"))
+        for start in range(0, n, step):
+            slab = w.detach()[start : start + step].to("cpu", torch.float32).contiguous()
+            if library is not None:
+                packed = library.quantize(self.kind, slab, importance)
+            else:
+                packed = _numpy_quantize(slab, self.type_name)
+            qdata[start : start + step] = packed
+        return QuantizedWeight(self.format_id, {"qdata": qdata.to(w.device)}, tuple(w.shape), w.dtype)
 
-class GgufReader(Gguf):
-    """A type that is loaded but not made here: quantizing to it well needs llama.cpp's own tools."""
-
-    def probe(self) -> Availability:
-        # Zero bytes are a valid block of every type; the sample is made only if the package is there.
-        return probe_package(self, "gguf", (0, 17), INSTALL, self._zeros)
+    def _cannot_make(self) -> str:
+        if self.type_name in NUMPY_TYPES:
+            return ""
+        library, reason = library_or_reason(torch.device("cpu"))
+        return "" if library else f"making {self.type_name} needs ggml's C library ({reason}); {INSTALL_GGML}"
 
     def _zeros(self) -> QuantizedWeight:
-        size, nbytes = _block(self.type_name)
-        return QuantizedWeight(
-            self.format_id, {"qdata": torch.zeros(2, nbytes, dtype=torch.uint8)}, (2, size), torch.bfloat16
-        )
-
-    def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
-        return "this type can be loaded but not made"
-
-    def form(self, q: QuantizedWeight) -> Expansion | None:
-        return None
-
-    def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
-        return Kernel("gguf numpy, F.linear", "this type is only read", self._dequantized)
-
-    def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        import gguf
-        import numpy as np
-
-        qdata = q.tensors["qdata"]
-        with np.errstate(all="ignore"):  # non-finite scales, which the caller finds
-            values: Any = gguf.quants.dequantize(
-                qdata.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[self.type_name]
-            )
-        return cast(Any, torch).from_numpy(values).reshape(q.orig_shape).to(qdata.device, dtype)
+        qdata = torch.zeros(2, self.kind.nbytes, dtype=torch.uint8)
+        return QuantizedWeight(self.format_id, {"qdata": qdata}, (2, self.kind.block), torch.bfloat16)
 
 
-def _block(type_name: str) -> tuple[int, int]:
-    """(values, bytes) of a block."""
+@functools.cache
+def _numpy_type(name: str) -> Any:
     import gguf
 
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+    return gguf.GGMLQuantizationType[name]
+
+
+def _numpy_quantize(values: Tensor, name: str) -> Tensor:
+    import gguf
+    import numpy as np
+
+    # Values whose scale is beyond float16 become inf, which the caller finds; numpy need not warn as well.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return cast(Any, torch).from_numpy(gguf.quants.quantize(values.numpy(), _numpy_type(name)))
 
 
 def _rows(q: QuantizedWeight) -> Tensor:
     """Blocks by rows of K; files hold norms and biases in blocks too, and 5-D weights."""
     return q.tensors["qdata"].reshape(q.numel // q.orig_shape[-1], -1)
-
-
-def _q8_0(q: QuantizedWeight) -> Expansion:
-    return forms.q8_0(_rows(q), q.orig_shape[-1])
-
-
-def _q4_0(q: QuantizedWeight) -> Expansion:
-    return forms.q4_0(_rows(q), q.orig_shape[-1])
-
-
-_FORMS = {"Q8_0": _q8_0, "Q4_0": _q4_0}

@@ -17,15 +17,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..backends.gguf.types import TYPES, format_id
 from ..errors import FileError
-from ..registry import format_ids, require
+from ..registry import require
 from ..weight import QuantizedWeight
-from .gguf_header import MAGIC, GgufTensor, read_gguf_header
+from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_NUMEL, GgufHeader, GgufTensor
+from .gguf_parts import read_gguf_parts
+from .gguf_source import shown
 from .safetensors_header import read_safetensors_header
 
 ZIP_MAGIC = b"PK"
 PICKLE_MAGIC = b"\x80"  # then the protocol number, 2 to 5
-PLAIN_GGUF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_GGUF = {
+    **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+}
+ORIG_SHAPE = "comfy.gguf.orig_shape."
 
 
 @dataclass(frozen=True)
@@ -83,40 +90,57 @@ def read_safetensors(path: Path) -> Checkpoint:
 def read_gguf(path: Path) -> Checkpoint:
     """Read a GGUF file, memory-mapped; block types become `QuantizedWeight`s on the file's own bytes.
 
-    The map is copy-on-write: writing to a tensor changes neither the file nor crashes, as it would read-only.
+    Any part of a model in several files gives the whole model. Shapes are those of `comfy.gguf.orig_shape.NAME` where
+    the file has such a key: converters store tensors whose rows are no whole blocks, or that have more dimensions than
+    ggml, as a matrix of other rows. The maps are copy-on-write: writing to a tensor changes neither the file nor
+    crashes, as it would read-only.
 
     Raises:
         FileError: missing, truncated, corrupt, or with a tensor type that cannot be read.
-        BackendUnavailable: the gguf package is missing.
+        BackendUnavailable: what computes with one of its block types is missing.
     """
-    require("gguf-q8-0")
-    import gguf
-
-    sizes = gguf.GGML_QUANT_SIZES
-    header = read_gguf_header(path, {int(t): (t.name, *sizes[t]) for t in gguf.GGMLQuantizationType if t in sizes})
-    for tensor in header.tensors:
-        if tensor.kind not in PLAIN_GGUF and _format_id(tensor) not in format_ids(writable=False):
-            raise FileError(f"{path.name}: {tensor.name!r} has GGUF type {tensor.kind}, which cannot be read here.")
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {t.name: _gguf_tensor(data, t) for t in header.tensors}
-    strings = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
+    tensors: dict[str, Tensor | QuantizedWeight] = {}
+    parts = read_gguf_parts(path)
+    for kind in sorted({t.kind for part in parts for t in part.header.tensors} - PLAIN_GGUF.keys()):
+        require(format_id(kind))
+    first = parts[0].header  # the keys of the model stand in the first part
+    for part in parts:
+        with open(part.path, "rb") as file:
+            needed = max((t.start + t.nbytes for t in part.header.tensors if t.nbytes), default=0)
+            if os.fstat(file.fileno()).st_size < needed:
+                raise FileError(f"{part.path.name}: became shorter while it was read.\nWait until it is written.")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for t in part.header.tensors:
+            tensors[t.name] = _gguf_tensor(data, t, _orig_shape(path, first, t))
+    strings = {key: value for key, value in first.metadata.items() if isinstance(value, str)}
     return Checkpoint(path, tensors, {"general.architecture": "", **strings})
 
 
-def _gguf_tensor(data: mmap.mmap, t: GgufTensor) -> Tensor | QuantizedWeight:
+def _orig_shape(path: Path, header: GgufHeader, t: GgufTensor) -> tuple[int, ...]:
+    key = ORIG_SHAPE + t.name
+    found = header.arrays.get(key, (-1,) if key in header.located else None)
+    if found is None:
+        return t.shape
+    shape = tuple(n for n in found if type(n) is int and 0 <= n <= MAX_NUMEL)
+    right = len(shape) == len(found) <= MAX_DIMENSIONS and math.prod(shape) == math.prod(t.shape)
+    if not right or math.prod(n or 1 for n in shape) > MAX_NUMEL:
+        raise FileError(
+            f"{path.name}: corrupt GGUF file: {shown(t.name)} has shape {t.shape}, and its other shape under "
+            f"{ORIG_SHAPE}* does not go with it."
+        )
+    return shape
+
+
+def _gguf_tensor(data: mmap.mmap, t: GgufTensor, shape: tuple[int, ...]) -> Tensor | QuantizedWeight:
     dtype = PLAIN_GGUF.get(t.kind)
     if not t.nbytes:
-        return torch.empty(t.shape, dtype=dtype or torch.uint8)
+        return torch.empty(shape, dtype=dtype or torch.uint8)
     raw = cast(Tensor, cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=t.nbytes, offset=t.start))
     if dtype is not None:
-        return raw.view(dtype).reshape(t.shape)
-    rows = math.prod(t.shape[:-1])
-    return QuantizedWeight(_format_id(t), {"qdata": raw.reshape(rows, -1)}, t.shape, torch.bfloat16)
-
-
-def _format_id(t: GgufTensor) -> str:
-    return "gguf-" + t.kind.lower().replace("_", "-")
+        return raw.view(dtype).reshape(shape)
+    # Rows of the weight where they are whole blocks, else the rows in which the file has them.
+    rows = shape if shape[-1] % TYPES[t.kind].block == 0 else t.shape
+    return QuantizedWeight(format_id(t.kind), {"qdata": raw.reshape(math.prod(rows[:-1]), -1)}, shape, torch.bfloat16)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -150,8 +174,10 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Nobody else's file, as with tempfile.mkstemp, whose mode 0600 would become that of `path`.
         open(temporary, "xb").close()
+        mode = temporary.stat().st_mode
         try:
             write(temporary)
+            temporary.chmod(mode)  # safetensors puts a file of its own in its place, which only the owner may read
             with open(temporary, "r+b") as file:  # writable, since Windows flushes no other file
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -114,7 +114,7 @@ FAMILIES: tuple[Family, ...] = (
             Keep(_parts(r"(double|single)_stream_modulation\w*"), "modulation, one for all blocks"),
             Keep(_parts("img_mod", "txt_mod", "modulation", r"norm\d?(_context)?"), "modulation", unless_large=True),
         ),
-        absent=(r"(^|\.)individual_token_refiner\.",),  # HunyuanVideo has blocks of the same names
+        absent=(r"(^|\.)(individual_token_refiner|context_embedder\.token_refiner)\.",),  # HunyuanVideo: same blocks
     ),
     Family(
         "sd3",
@@ -187,6 +187,105 @@ FAMILIES: tuple[Family, ...] = (
                 (r"(^|\.)noise_refiner\.0\.norm1\.linear\.weight$", r"(^|\.)time_caption_embed\."),
             ),
         }.items()
+    ),
+    Family(
+        "hyvid",
+        (
+            (
+                r"(^|\.)individual_token_refiner\.",
+                r"(^|\.)double_blocks\.0\.img_attn(_qkv|\.qkv)\.weight$",
+            ),
+            (
+                r"(^|\.)context_embedder\.token_refiner\.",
+                r"(^|\.)transformer_blocks\.0\.attn\.add_q_proj\.weight$",
+            ),
+        ),
+        (
+            _FINAL,
+            Keep(_parts("img_in", "x_embedder"), "input projection"),
+            Keep(
+                _parts(
+                    "txt_in", r"context_embedder(_\d)?", "byt5_in", "vision_in", "image_embedder", r"cond_type_embed\w*"
+                ),
+                "text and image embedder",
+            ),
+            Keep(
+                _parts("time_in", "time_r_in", "vector_in", "guidance_in", "time_text_embed", "time_embed"),
+                "timestep and guidance embedder",
+            ),
+            Keep(_parts("img_mod", "txt_mod", "modulation", r"norm\d?(_context)?"), "modulation", unless_large=True),
+        ),
+    ),
+    Family(
+        "aura",
+        (
+            (r"(^|\.)double_layers\.0\.attn\.w1q\.weight$", r"(^|\.)cond_seq_linear\.weight$"),
+            (r"(^|\.)joint_transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"(^|\.)time_step_proj\."),
+        ),
+        (
+            Keep(_top("final_linear", "modF", "proj_out", "norm_out"), "final layer"),
+            Keep(_parts("init_x_linear", "cond_seq_linear", "context_embedder", r"pos_embed\w*"), "input projection"),
+            Keep(_parts("t_embedder", "time_step_proj"), "timestep embedder"),
+            Keep(_parts("modX", "modC", "modCX", r"norm\d(_context)?"), "modulation", unless_large=True),
+        ),
+    ),
+    Family(
+        "hidream",
+        ((r"(^|\.)double_stream_blocks\.0\.block\.ff_i\.", r"(^|\.)caption_projection\.0\.linear\.weight$"),),
+        (
+            _FINAL,
+            Keep(_parts("x_embedder", "caption_projection"), "input projection"),
+            Keep(_parts("t_embedder", "p_embedder"), "timestep and text embedder"),
+            Keep(_parts("gate"), "router of the experts"),
+            Keep(_parts("adaLN_modulation"), "modulation", unless_large=True),
+        ),
+    ),
+    Family(
+        "cosmos",
+        (
+            (r"(^|\.)blocks\.block0\.blocks\.0\.block\.attn\.to_q\.0\.weight$",),
+            (r"(^|\.)blocks\.0\.adaln_modulation_cross_attn\.1\.weight$", r"(^|\.)blocks\.0\.mlp\.layer1\.weight$"),
+            (r"(^|\.)transformer_blocks\.0\.norm1\.linear_1\.weight$", r"(^|\.)time_embed\.t_embedder\."),
+        ),
+        (
+            _FINAL,
+            Keep(
+                _parts("x_embedder", "patch_embed", "extra_pos_embedder", "learnable_pos_embed", "crossattn_proj"),
+                "input projection",
+            ),
+            Keep(_parts("t_embedder", "time_embed"), "timestep embedder"),
+            Keep(_parts("llm_adapter"), "text embedder"),
+            Keep(_parts("adaLN_modulation", r"adaln_modulation\w*", r"norm\d"), "modulation", unless_large=True),
+        ),
+    ),
+    Family(
+        "ltxv",
+        (
+            (r"(^|\.)patchify_proj\.weight$", r"(^|\.)adaln_single\."),
+            (r"(^|\.)time_embed\.emb\.timestep_embedder\.", _TOP + r"proj_in\.weight$"),
+        ),
+        (
+            Keep(_top("proj_out", "audio_proj_out"), "final layer"),
+            Keep(_top("proj_in", "audio_proj_in", r"(audio_)?patchify_proj"), "input projection"),
+            Keep(
+                _parts(r"(audio_)?caption_projection", r"(audio|video)_embeddings_connector"),
+                "text embedder",
+            ),
+            Keep(_parts(r"\w*adaln_single", r"(audio_)?time_embed", r"av_cross_attn_\w+"), "timestep embedder"),
+        ),
+    ),
+    Family(
+        "pixart",
+        (
+            (r"(^|\.)t_block\.1\.weight$", r"(^|\.)blocks\.0\.cross_attn\.kv_linear\.weight$"),
+            (r"(^|\.)adaln_single\.linear\.weight$", r"(^|\.)transformer_blocks\.0\.attn2\.to_k\.weight$"),
+        ),
+        (
+            _FINAL,
+            Keep(_parts("x_embedder", r"pos_embed\w*", "y_embedder", "caption_projection"), "input projection"),
+            Keep(_parts("t_embedder", "t_block", "csize_embedder", "ar_embedder", "adaln_single"), "timestep embedder"),
+        ),
+        absent=(r"(^|\.)patchify_proj\.",),
     ),
     Family(
         "ace-step",

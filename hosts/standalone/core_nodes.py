@@ -36,7 +36,10 @@ class CLIPTextEncode:
             raise WorkflowError(
                 "The input clip holds nothing: the node that it is linked to was given no text encoder."
             )
-        context, pooled = clip.encode(text)
+        from .record import recorded
+
+        with recorded(clip):
+            context, pooled = clip.encode(text)
         return ([(context, {"pooled_output": pooled})],)
 
 

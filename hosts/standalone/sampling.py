@@ -17,6 +17,7 @@ from ...quantizers.errors import WorkflowError
 from . import flux
 from .models import DiffusionModel
 from .progress import progress
+from .record import recorded
 
 SAMPLERS = ("euler",)
 SCHEDULERS = ("simple", "sgm_uniform", "normal")
@@ -78,7 +79,7 @@ def sample(
     start = (latent.float() - flux.LATENT_SHIFT) * flux.LATENT_SCALE if latent.any() else latent.float()
     x = levels[0] * noise + (1 - levels[0]) * start
     conditions = [positive[0]] if cfg == 1.0 else [positive[0], negative[0]]
-    with progress(steps, "sampling") as bar:
+    with recorded(model), progress(steps, "sampling") as bar:
         for now, then in itertools.pairwise(levels):
             v = [_velocity(model, x, now, c) for c in conditions]
             x = x + (then - now) * (v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1]))

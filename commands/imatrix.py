@@ -1,0 +1,121 @@
+"""`quantwire imatrix WORKFLOW.json --out FILE.gguf`: run a workflow, and measure which columns of its weights matter.
+
+The workflow runs in the embedded host as `quantwire run` runs it. The file is written when the run is complete, so an
+interrupted one leaves none, or the one that was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..quantizers.errors import FileError, WorkflowError
+from .paths import require_writable
+
+if TYPE_CHECKING:
+    from ..hosts.standalone.record import Recording
+
+INTERRUPTED = 130
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `quantwire imatrix`."""
+    parser = commands.add_parser(
+        "imatrix", parents=[common], help="record an importance matrix while a workflow runs",
+        description="Run a workflow and record how large the inputs of each linear layer are, column by column: an "
+        "importance matrix, which `quantwire convert --imatrix` and llama-quantize use to round the columns that "
+        "matter more exactly.",
+    )  # fmt: skip
+    parser.add_argument("workflow", type=Path, metavar="WORKFLOW.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.gguf", help="the importance matrix")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="NODE.INPUT=VALUE",
+        help="change an input; NODE is an id, a title or a node type that occurs once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--component", dest="components", action="append", choices=("transformer", "clip_l", "t5xxl"),
+        help="what to record; may be repeated (default: transformer)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge", type=Path, action="append", default=[], metavar="OTHER.gguf",
+        help="add what this file holds, so that several runs make one matrix; may be repeated, and may be FILE.gguf",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="keep the images of the run here (default: not kept)"
+    )
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    """Record, merge, write.
+
+    Raises:
+        QuantwireError: a path, the workflow or the run is at fault; nothing is written.
+    """
+    from ..hosts.record import describe
+    from ..hosts.standalone.progress import Interrupted
+    from ..quantizers.files.imatrix import merge, read_imatrix, write_imatrix
+
+    if args.out.suffix.lower() != ".gguf":
+        raise FileError(f"--out: '{args.out}' is no .gguf file.\nImportance matrices are GGUF files; name it so.")
+    require_writable(args.out.parent, "--out")
+    others = [read_imatrix(path) for path in args.merge]
+    merge(others)  # whatever does not fit together is found before the run
+    try:
+        found = _record(args)
+    except Interrupted:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    matrix = found.recorder.matrix(" ".join([args.workflow.name, *(f"--set {o}" for o in args.overrides)]))
+    print(describe(matrix, sorted(found.recorder.idle)))
+    merged = merge([*others, matrix])
+    write_imatrix(args.out, merged)
+    print(f"{args.out}: {len(merged.entries)} weights from {', '.join(merged.datasets)}")
+    return 0
+
+
+def _record(args: argparse.Namespace) -> Recording:
+    """Run the workflow.
+
+    Raises:
+        WorkflowError: a component that was asked for did not run.
+        Interrupted: cancelled.
+    """
+    from .. import nodes
+    from ..hosts import use
+    from ..hosts.standalone.core_nodes import CORE_NODES
+    from ..hosts.standalone.executor import Executor
+    from ..hosts.standalone.host import StandaloneHost
+    from ..hosts.standalone.progress import TqdmListener
+    from ..hosts.standalone.record import TRANSFORMER, Recording, recording
+    from ..hosts.standalone.workflow import apply_overrides, load_workflow
+
+    classes = {**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS}
+    for folder in args.models or []:
+        if not folder.is_dir():
+            raise FileError(f"--models: '{folder}' is not a folder.")
+    if args.images is not None:
+        require_writable(args.images, "--images")
+    wanted = Recording(tuple(dict.fromkeys(args.components or [TRANSFORMER])))
+    with (
+        tempfile.TemporaryDirectory(prefix="quantwire-") as scratch,
+        use(StandaloneHost(args.models, args.images or Path(scratch))),
+        recording(wanted),
+    ):
+        prompt = apply_overrides(load_workflow(args.workflow), args.overrides, classes)
+        # An executor of its own: one that had run this workflow would take results from its cache, and run nothing.
+        Executor(classes, TqdmListener()).run(prompt)
+    missing = [c for c in wanted.components if c not in wanted.seen]
+    if missing:
+        ran = ", ".join(sorted(wanted.seen)) or "no model"
+        raise WorkflowError(
+            f"{args.workflow}: {missing[0]} did not run, so there is nothing to record of it (what ran: {ran}).\n"
+            "The workflow needs a node that runs it: KSampler for the transformer, CLIPTextEncode for text encoders."
+        )
+    return wanted

@@ -1,0 +1,83 @@
+"""RecordImatrix and SaveImatrix: an importance matrix from the run of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..hosts import current
+from ..quantizers.errors import WorkflowError
+from .common import CATEGORY
+
+ADD, REPLACE = "add to it", "replace it"
+
+
+class RecordImatrix:
+    DESCRIPTION = (
+        "Records how large the inputs of each linear layer are while a model samples: an importance matrix, with which "
+        "GGUF files of few bits come out better. Sample with the model that comes out, and save with SaveImatrix. "
+        "Not with torch.compile on the model."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MODEL", "IMATRIX")
+    RETURN_NAMES = ("model", "imatrix")
+    OUTPUT_TOOLTIPS = ("The model, to sample with.", "What is recorded, for SaveImatrix.")
+    FUNCTION = "record"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = "The model to record, best at full precision; it is not changed."
+        return {"required": {"model": ("MODEL", {"tooltip": tooltip})}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        # Always anew: a cached recording would go on from an earlier run, and cached samples would record nothing.
+        return float("nan")
+
+    def record(self, model: Any) -> tuple[Any, Any]:
+        return current().record(model)
+
+
+class SaveImatrix:
+    DESCRIPTION = (
+        "Writes what RecordImatrix recorded into a GGUF file, as llama.cpp's tools write and read it, for "
+        "quantwire convert --imatrix."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("path",)
+    OUTPUT_TOOLTIPS = ("Where the file is.",)
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        name = "File in the output folder; .gguf is added, and folders are made."
+        exists = (
+            "If the file is there. add to it: several runs make one matrix, as they should. replace it: start again."
+        )
+        return {
+            "required": {
+                "imatrix": ("IMATRIX", {"tooltip": "From RecordImatrix."}),
+                "after": ("LATENT", {"tooltip": "From the last sampler that records: saving waits for it."}),
+                "filename": ("STRING", {"default": "imatrix/model", "tooltip": name}),
+                "if_exists": ([ADD, REPLACE], {"default": ADD, "tooltip": exists}),
+            }
+        }
+
+    def save(self, imatrix: Any, after: Any, filename: str, if_exists: str = ADD) -> dict[str, Any]:
+        from ..hosts.record import describe
+        from ..quantizers.files.imatrix import merge, read_imatrix, write_imatrix
+
+        recorded = imatrix.matrix("workflow")
+        if not recorded.entries:
+            raise WorkflowError(
+                "Nothing was recorded: no sampler ran with the model that RecordImatrix gives.\n"
+                "Link that model to the sampler, and the sampler's latent to `after`."
+            )
+        path = current().output_path(filename.removesuffix(".gguf") + ".gguf")
+        before = [read_imatrix(path)] if if_exists == ADD and path.exists() else []
+        matrix = merge([*before, recorded])
+        write_imatrix(path, matrix)
+        text = f"{describe(recorded, sorted(imatrix.idle))}\n{path}: {matrix.chunk_count} model calls in all"
+        current().show_text(text)
+        return {"ui": {"text": (text,)}, "result": (str(path),)}

@@ -1,0 +1,85 @@
+"""RecordImatrix and SaveImatrix in the embedded host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantwire.hosts.standalone.core_nodes import CORE_NODES
+from quantwire.hosts.standalone.executor import Executor
+from quantwire.nodes import NODE_CLASS_MAPPINGS
+from quantwire.quantizers.errors import FileError, WorkflowError
+from quantwire.quantizers.files.imatrix import Imatrix, read_imatrix
+
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "full_precision.json"
+pytestmark = pytest.mark.usefixtures("host")
+
+
+def graph(**save: Any) -> dict[str, Any]:
+    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    nodes["2"] = {"class_type": "RecordImatrix", "inputs": {"model": ["1", 0]}}
+    nodes["11"]["inputs"] |= {"model": ["2", 0], "steps": 2}
+    inputs = {"imatrix": ["2", 1], "after": ["11", 0], "filename": "matrices/a", "if_exists": "add to it", **save}
+    nodes["3"] = {"class_type": "SaveImatrix", "inputs": inputs}
+    return nodes
+
+
+def run(nodes: dict[str, Any], executor: Executor | None = None) -> dict[str, Any]:
+    executor = executor or Executor({**CORE_NODES, **NODE_CLASS_MAPPINGS})
+    return executor.run(nodes).outputs
+
+
+def written(folder: Path) -> Imatrix:
+    return read_imatrix(folder / "out" / "matrices" / "a.gguf")
+
+
+def test_one_run(tmp_path: Path) -> None:
+    said = run(graph())["3"]["text"][0]
+    assert said.startswith("33 weights, 2 model calls, 2 to 64 inputs of a layer\n")
+    assert written(tmp_path).chunk_count == 2
+
+
+def test_runs_add_up_though_the_executor_caches(tmp_path: Path) -> None:
+    executor = Executor({**CORE_NODES, **NODE_CLASS_MAPPINGS})
+    run(graph(), executor)
+    once = written(tmp_path)
+    run(graph(), executor)
+    twice = written(tmp_path)
+    assert all(torch.equal(s.squares, 2 * once.entries[n].squares) for n, s in twice.entries.items())
+    run(graph(if_exists="replace it"), executor)
+    assert all(torch.equal(s.squares, once.entries[n].squares) for n, s in written(tmp_path).entries.items())
+
+
+def test_the_recording_follows_the_model_through_other_nodes(tmp_path: Path) -> None:
+    nodes = graph()
+    nodes["4q"] = {"class_type": "QuantizeModel", "inputs": {"model": ["2", 0], "format": "gguf-q8-0"}}
+    nodes["11"]["inputs"]["model"] = ["4q", 0]
+    run(nodes)
+    assert len(written(tmp_path).entries) == 33
+
+
+def test_the_input_model_records_nothing(tmp_path: Path) -> None:
+    nodes = graph()
+    nodes["11"]["inputs"]["model"] = ["1", 0]
+    with pytest.raises(WorkflowError, match=r"^Nothing was recorded"):
+        run(nodes)
+    assert not (tmp_path / "out" / "matrices").exists()
+
+
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "x/../../a"])
+def test_names_that_lead_outside(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileError, match="leads out of the output folder"):
+        run(graph(filename=name))
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_file_of_another_kind_is_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "matrices" / "a.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"something else")
+    with pytest.raises(FileError, match="not an importance matrix"):
+        run(graph())
+    assert path.read_bytes() == b"something else"

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from quantwire.hosts.modules import with_layers
+from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.quantizers.apply import OnFailure, quantize_linears
 from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.errors import QuantwireError
@@ -79,7 +80,9 @@ def quantized(model: nn.Module, spec: QuantSpec, carrier: Carrier) -> tuple[nn.M
     """The model with every linear layer quantized, and the seconds it took."""
     start = time.perf_counter()
     # Formats whose groups are longer than the 64 input channels leave that one embedder at full precision.
-    layers, _ = quantize_linears(model, spec, carrier=carrier, on_failure=OnFailure.FULL_PRECISION)
+    # The host's layers, because gguf itself has none: diffusers has.
+    maker = StandaloneHost().make_layer
+    layers, _ = quantize_linears(model, spec, carrier=carrier, on_failure=OnFailure.FULL_PRECISION, make_layer=maker)
     return with_layers(model, layers), time.perf_counter() - start
 
 

@@ -12,12 +12,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import WeightError
+
+if TYPE_CHECKING:
+    from .kernels.kept import KeptWeights
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class QuantizedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._quantizer = get_quantizer(weight.format_id)
+        self.kept: KeptWeights | None = None  # set by loaders with `cache_mib`
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -118,7 +123,13 @@ class QuantizedLinear(nn.Module):
         return self._quantizer.dequantize(self.quantized_weight, self.orig_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._quantizer.linear(x, self.quantized_weight, self.bias)
+        q = self.quantized_weight
+        if self.kept is not None:
+            held = [getattr(self, name) for name in self.tensor_names]
+            weight = self.kept.get(self, q, x.dtype, lambda: self._quantizer.dequantize(q, x.dtype), held)
+            if weight is not None:
+                return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._quantizer.linear(x, q, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format_id}"

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ...quantizers.apply import LoraMode
+from ...quantizers.kernels.kept import KeptWeights
+from ...quantizers.registry import require
 from ...quantizers.weight import QuantizedWeight
 from .layouts import algorithm_of, from_quantized_tensor, to_quantized_tensor
 
@@ -37,6 +39,7 @@ def operations(compute_dtype: torch.dtype) -> Any:
 
         lora = LoraMode.EXACT
         exact_patch: Any = None
+        kept: KeptWeights | None = None
 
         def adopt(self, weight: QuantizedWeight) -> None:
             """Hold a quantized weight."""
@@ -63,8 +66,22 @@ def operations(compute_dtype: torch.dtype) -> Any:
                 # Dynamic VRAM would requantize after the patch; asking for a plain weight keeps it in float.
                 return self._with(super().forward, "_full_precision_mm", True, input)
             if self.exact_patch is None or any(getattr(f, "is_lowvram_patch", False) for f in self.weight_function):
+                weight = self._kept_weight(input)
+                if weight is not None:
+                    bias = None if self.bias is None else self.bias.to(input.dtype)
+                    return nn.functional.linear(input, weight, bias)
                 return super().forward(input)
             return self._with(super().forward, "weight_function", [*self.weight_function, self.exact_patch], input)
+
+        def _kept_weight(self, input: Tensor) -> Tensor | None:
+            """The weight as it was kept, where the layer lies on the device that computes and nothing changes it."""
+            patched = self.exact_patch is not None or self.weight_function or self.bias_function
+            if self.kept is None or patched or self.weight.device != input.device or type(input) is not Tensor:
+                return None
+            q = from_quantized_tensor(self.weight)
+            if q is None:
+                return None
+            return self.kept.get(self, q, input.dtype, lambda: require(q.format_id).dequantize(q, input.dtype))
 
         def _with(self, call: Any, name: str, value: Any, input: Tensor) -> Tensor:
             before = getattr(self, name)

@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads of OpenMP that spin while they wait slow a busy machine down: 100 times, measured with a training run beside.
 export OMP_WAIT_POLICY ?= PASSIVE
 TORCH := 2.13.0
+TRITON := 3.8.0
 # A package index with CPU builds of torch, for machines whose default index has CUDA builds only.
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -18,7 +19,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.ready $(VENV)/triton/.ready
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
@@ -53,6 +54,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  $(PIP) $(INDEX) "torch==$(TORCH)"; }
 	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,sdnq,dev]"
 	touch $@
+
+# For the tests of the GPU kernels, which run them in Triton's interpreter and compile them without a GPU. Beside the
+# other packages, not among them: some change what they import where they find Triton. 248 MB, Linux only.
+$(VENV)/triton/.ready: $(VENV)/.ready
+	@$(PIP) --no-deps --upgrade --target $(VENV)/triton "triton==$(TRITON)" && touch $@ || \
+	  echo "the package index offers no Triton $(TRITON) for this machine; its tests will be skipped"
 
 # The real host: COMFYUI_PATH is a ComfyUI tree, COMFYUI_PYTHON the Python that runs it.
 test-comfyui: $(VENV)/.ready

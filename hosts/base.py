@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from ..quantizers.apply import LoraMode, OnFailure
 from ..quantizers.auto import DeviceFacts
 from ..quantizers.compat.modes import Carrier, OffloadMode
+from ..quantizers.errors import FileError
 from ..quantizers.report import QuantReport
 from ..quantizers.spec import QuantSpec
 from ..quantizers.weight import QuantizedWeight
+from .record import Recorder
 
 
 class Host(Protocol):
@@ -45,8 +48,24 @@ class Host(Protocol):
         """
         ...
 
-    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
-        """A MODEL from a GGUF file, its quantized tensors left as they are in the file."""
+    def load_gguf(self, path: Path, carrier: Carrier, cache_mib: int = 0) -> tuple[Any, QuantReport]:
+        """A MODEL from a GGUF file, its quantized tensors left as they are in the file.
+
+        Args:
+            cache_mib: MiB of dequantized weights that may be kept between products; 0 keeps none.
+        """
+        ...
+
+    def text_encoder_types(self) -> Mapping[int, Sequence[str]]:
+        """Number of files -> the types of CLIP that so many text encoder files make here."""
+        ...
+
+    def load_text_encoder(self, paths: Sequence[Path], kind: str, carrier: Carrier) -> tuple[Any, QuantReport]:
+        """A CLIP from GGUF and safetensors files, quantized tensors of GGUF files left as they are in the file.
+
+        Args:
+            kind: a type of `text_encoder_types` for so many files.
+        """
         ...
 
     def load_and_quantize(
@@ -90,6 +109,18 @@ class Host(Protocol):
         """
         ...
 
+    def record(self, model: Any) -> tuple[Any, Recorder]:
+        """A model object that records the inputs of its linear layers whenever it is sampled with, and where to."""
+        ...
+
+    def output_path(self, name: str) -> Path:
+        """Where a file in the output folder goes.
+
+        Raises:
+            FileError: `name` leads out of that folder.
+        """
+        ...
+
     def offload_mode(self, model: Any) -> OffloadMode:
         """What the host does now with this model object."""
         ...
@@ -101,3 +132,15 @@ class Host(Protocol):
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         """Iterate with a progress bar; raises the host's interruption exception when cancelled."""
         ...
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of a file below a folder.
+
+    Raises:
+        FileError: the name is empty, absolute or leads out of the folder.
+    """
+    path = Path(os.path.normpath(folder / name))
+    if path == Path(os.path.normpath(folder)) or not path.is_relative_to(os.path.normpath(folder)):
+        raise FileError(f"filename '{name}' leads out of the output folder.\nGive a name inside it, such as 'a/b'.")
+    return path

@@ -15,7 +15,11 @@ FOLDER = "diffusion_models"
 
 
 class LoadGGUF:
-    DESCRIPTION = "Opens a diffusion model in a GGUF file. Its weights stay quantized in memory."
+    DESCRIPTION = (
+        "Opens a diffusion model in a GGUF file: FLUX, SD 1 to 3.5, Wan, Qwen-Image, Lumina 2, Z-Image, LTX-Video and "
+        "what else ComfyUI knows; quantwire run without a server opens FLUX. The weights of its linear layers stay "
+        "quantized in memory; what cannot is dequantized at load, and named in the report."
+    )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL", "REPORT")
     RETURN_NAMES = ("model", "report")
@@ -25,20 +29,29 @@ class LoadGGUF:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         files = current().list_files(FOLDER, (".gguf",))
-        name = (files, {"tooltip": "A .gguf file of the folder diffusion_models."})
-        return {"required": {"gguf_name": name}, "optional": {"carrier": carrier_input()}}
+        tooltip = (
+            "A .gguf file of the folders diffusion_models, unet or unet_gguf that holds a diffusion model alone. Of a "
+            "model in several files, any of them. Text encoders are for LoadGGUFTextEncoder."
+        )
+        name = (files, {"tooltip": tooltip})
+        cache = (
+            "MiB of dequantized weights that are kept between steps, where so much memory is free beside the model: "
+            "layers whose weight is kept compute as fast as at full precision. 0 keeps none."
+        )
+        mib = ("INT", {"default": 0, "min": 0, "max": 1 << 20, "step": 64, "tooltip": cache})
+        return {"required": {"gguf_name": name}, "optional": {"carrier": carrier_input(), "cache_mib": mib}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, gguf_name: str | None) -> bool | str:
         return _validated(gguf_name)
 
     @classmethod
-    def IS_CHANGED(cls, gguf_name: str, carrier: str = "") -> str:
+    def IS_CHANGED(cls, gguf_name: str, **_: Any) -> str:
         return _state(gguf_name)
 
-    def load(self, gguf_name: str, carrier: str = Carrier.QUANTWIRE.value) -> dict[str, Any]:
+    def load(self, gguf_name: str, carrier: str = Carrier.QUANTWIRE.value, cache_mib: int = 0) -> dict[str, Any]:
         host = current()
-        model, report = host.load_gguf(host.resolve(FOLDER, gguf_name), Carrier(carrier))
+        model, report = host.load_gguf(host.resolve(FOLDER, gguf_name), Carrier(carrier), cache_mib)
         return with_report(report, model, report)
 
 

@@ -1,9 +1,16 @@
-"""GGUF files through the host's own model detection, layers and patcher."""
+"""GGUF files through the host's own model detection, layers and patcher.
+
+The host's model is made once without weights first: its linear layers are what can hold blocks, its parameters say
+what shape each tensor must have. Everything else that a file has in blocks (convolutions of SD 1 and SDXL, embeddings,
+norms, biases, bare parameters) is dequantized when it is loaded, and the report says so.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +19,241 @@ from torch import Tensor, nn
 
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError, SpecError
-from ...quantizers.files.checkpoint import read_gguf
+from ...quantizers.files.gguf_model import GgufModel, Value, dequantized, in_rows, open_gguf_model
+from ...quantizers.kernels.kept import KeptWeights, keep_dequantized
 from ...quantizers.plan import sensitive_reason
-from ...quantizers.report import Entry, QuantReport
+from ...quantizers.report import MIB, Entry, QuantReport
 from ...quantizers.weight import QuantizedWeight
 from .layouts import to_quantized_tensor
 from .linear import attach_exact_patches, operations
 
 log = logging.getLogger(__name__)
+SHOWN = 5  # names in a line of the report; all stand in its entries
 
 
-def load_gguf(path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
-    """Open a diffusion model; block-quantized tensors stay in their blocks.
+def load_gguf(path: Path, carrier: Carrier, cache_mib: int = 0) -> tuple[Any, QuantReport]:
+    """Open a diffusion model; block-quantized linear weights stay in their blocks.
 
+    Args:
+        cache_mib: MiB of dequantized weights that may be kept between products; 0 keeps none.
     Raises:
-        FileError: damaged, or a model that the host does not detect.
+        FileError: damaged, something else than a diffusion model, or one that the host does not detect.
         SpecError: the library carrier, which the host could not offload.
     """
     if carrier is Carrier.LIBRARY:
         raise SpecError("Library layers for GGUF exist in diffusers only, not in ComfyUI.\nUse carrier quantwire.")
     start = time.perf_counter()
-    patcher, entries = _load(path)
-    types = sorted({e.reason for e in entries if e.action == "quantize"})
-    report = QuantReport(path.name, ", ".join(types) or "plain tensors only", entries=entries)
+    patcher, report = _load(path, cache_mib)
     report.seconds = time.perf_counter() - start
     return patcher, report
 
 
-def load_patcher(path: str, disable_dynamic: bool = False) -> Any:
+def _drop_kept(patcher: Any, *_: Any) -> None:
+    kept = KeptWeights.of(patcher.model)
+    if kept is not None:
+        kept.clear()
+
+
+def load_patcher(path: str, cache_mib: int, disable_dynamic: bool = False) -> Any:
     """For `cached_patcher_init`."""
-    return _load(Path(path), disable_dynamic)[0]
+    return _load(Path(path), cache_mib, disable_dynamic)[0]
 
 
-def _load(path: Path, disable_dynamic: bool = False) -> tuple[Any, list[Entry]]:
-    import comfy.model_management as mm
+@dataclass
+class _Plan:
+    """What the host makes of the file's tensors.
+
+    Attributes:
+        dtype: in which it holds plain weights.
+        compute: in which it multiplies.
+        places: name in the file -> name in the model, where the host takes the tensor as it is.
+        shapes: name in the model -> shape of the parameter or buffer.
+        linear: names in the model of the weights of linear layers.
+        missing: parameters for which the file has nothing.
+        unknown: tensors for which the model has no place.
+    """
+
+    dtype: torch.dtype
+    compute: torch.dtype
+    places: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    linear: set[str]
+    missing: list[str] = field(default_factory=lambda: list[str]())
+    unknown: list[str] = field(default_factory=lambda: list[str]())
+
+
+def _load(path: Path, cache_mib: int, disable_dynamic: bool = False) -> tuple[Any, QuantReport]:
     import comfy.sd
     from comfy.patcher_extension import CallbacksMP
 
-    checkpoint = read_gguf(path)
-    compute = mm.unet_manual_cast(None, mm.get_torch_device(), [torch.bfloat16, torch.float16, torch.float32])
-    compute = compute or torch.bfloat16
+    source = open_gguf_model(path)
+    values = source.values if source.found else _without_prefix(source.values)
+    plan = _plan(source, values)
     state: dict[str, Tensor] = {}
     entries: list[Entry] = []
-    for name, value in checkpoint.tensors.items():
-        entries.append(_entry(name, value))
-        state[name] = to_quantized_tensor(_in_dtype(value, compute)) if isinstance(value, QuantizedWeight) else value
-    options = {"custom_operations": operations(compute)}
+    for name, value in values.items():
+        state[name], entry = _taken(path, name, value, plan, source.plain.get(name, ""))
+        entries.append(entry)
+    options = {"dtype": plan.dtype, "custom_operations": operations(plan.compute)}
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state, model_options=options, metadata=dict(checkpoint.metadata), disable_dynamic=disable_dynamic
+        state, model_options=options, metadata=dict(source.metadata), disable_dynamic=disable_dynamic
     )
-    if patcher is None:
-        arch = checkpoint.metadata.get("general.architecture") or "none named"
-        raise FileError(
-            f"{path.name}: ComfyUI does not detect a diffusion model in it (architecture {arch}, "
-            f"tensors such as {', '.join(list(checkpoint.tensors)[:3])}).\n"
-            "Text encoders in GGUF files are not diffusion models; this node cannot open them."
-        )
-    patcher.cached_patcher_init = (load_patcher, (str(path),))
+    patcher.cached_patcher_init = (load_patcher, (str(path), cache_mib))
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, "quantwire", attach_exact_patches)
     check_loaded(patcher.model, path)
-    return patcher, entries
+    report = _report(source, plan, entries)
+    if cache_mib:
+        report.notes.append(keep_dequantized(patcher.model, cache_mib, Carrier.QUANTWIRE))
+        # The host does not count them, so they go when it takes the model off the device.
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, "quantwire_kept", _drop_kept)
+    return patcher, report
 
 
-def _in_dtype(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
-    return QuantizedWeight(weight.format_id, weight.tensors, weight.orig_shape, dtype, weight.meta)
+def _without_prefix(values: Mapping[str, Value]) -> dict[str, Value]:
+    import comfy.model_detection
+
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(values)
+    return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)} or dict(values)
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _plan(source: GgufModel, values: Mapping[str, Value]) -> _Plan:
+    """Ask the host what the model is, and make it without weights.
+
+    Raises:
+        FileError: the host does not know the model.
+    """
+    import comfy.model_management as mm
+    from comfy.model_detection import model_config_from_unet
+
+    probe = {name: _probe(value) for name, value in values.items()}
+    config = model_config_from_unet(probe, "", metadata=dict(source.metadata))
+    if config is None:
+        raise source.problem or _undetected(source, values)
+    supported, device = list(config.supported_inference_dtypes), mm.get_torch_device()
+    numel = sum(t.numel() for t in probe.values())
+    dtype = mm.unet_dtype(model_params=numel, supported_dtypes=supported, weight_dtype=_plain_dtype(values))
+    cast = mm.unet_manual_cast(dtype, device, supported)
+    compute = cast or dtype
+    config.set_inference_dtype(dtype, cast, device=device)
+    config.custom_operations = operations(compute)
+    model = config.get_model(probe, "", device=torch.device("meta")).diffusion_model
+    taken = config.process_unet_state_dict(dict(probe))
+    names = {id(tensor): name for name, tensor in probe.items()}
+    shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    # The host's own class and no subclass: one with another forward may use its weight in another way.
+    layers = {f"{n}.weight": m for n, m in model.named_modules() if type(m) is operations(compute).Linear}
+    shapes |= {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    expected = {*(name for name, _ in model.named_parameters()), *layers}
+    return _Plan(
+        dtype,
+        compute,
+        {names[id(tensor)]: name for name, tensor in taken.items() if id(tensor) in names},
+        shapes,
+        set(layers),
+        sorted(expected - set(taken)),
+        sorted(set(taken) - set(shapes)),
+    )
+
+
+def _probe(value: Value) -> Tensor:
+    """What the host's detection looks at: shapes, and the values of plain and of small tensors."""
+    if isinstance(value, Tensor):
+        return value
+    if len(value.orig_shape) < 2:
+        return dequantized(value, torch.float32)
+    return torch.empty(value.orig_shape, dtype=value.orig_dtype, device="meta")
+
+
+def _plain_dtype(values: Mapping[str, Value]) -> torch.dtype | None:
+    """The dtype of a file without blocks. With blocks the host chooses: norms and biases alone tell nothing."""
+    import comfy.utils
+
+    if any(isinstance(v, QuantizedWeight) for v in values.values()):
+        return None
+    return comfy.utils.weight_dtype(values)
+
+
+def _undetected(source: GgufModel, values: Mapping[str, Value]) -> FileError:
+    what = f"{source.found.architecture}, {source.found.layout} layout" if source.found else "unknown architecture"
+    return FileError(
+        f"{source.path.name}: this ComfyUI does not detect a diffusion model in it ({what}; tensors such as "
+        f"{', '.join(list(values)[:3])}).\nUpdate ComfyUI, if the model is newer than it."
+    )
+
+
+def _taken(path: Path, name: str, value: Value, plan: _Plan, reason: str) -> tuple[Tensor, Entry]:
+    """A tensor as the host gets it, and its line in the report.
+
+    Args:
+        reason: why it came out of its blocks already; empty where it did not.
+    """
+    place = plan.places.get(name, "")
+    shape = plan.shapes.get(place)
     if isinstance(value, QuantizedWeight):
-        return Entry(name, "quantize", value.format_id, value.numel * 2, value.nbytes)
-    reason = sensitive_reason(name.removesuffix(".weight")) or "plain in the file"
-    return Entry(name, "keep", reason, value.nbytes, value.nbytes)
+        why = _why_plain(value, place in plan.linear, shape)
+        if not why:
+            held = QuantizedWeight(value.format_id, value.tensors, value.orig_shape, plan.compute, value.meta)
+            entry = Entry(name, "quantize", "from the file", value.numel * 2, value.nbytes, format_id=value.format_id)
+            return to_quantized_tensor(held), entry
+        reason = f"{value.format_id.removeprefix('gguf-').upper().replace('-', '_')} in the file: {why}"
+        tensor = dequantized(value, plan.dtype)
+    else:
+        tensor = value.float() if value.dtype == torch.float64 else value
+    tensor = _in_shape(path, name, tensor, shape)
+    if reason:
+        return tensor, Entry(name, "dequantize", reason, tensor.numel() * 2, tensor.nbytes)
+    kept = sensitive_reason(name.removesuffix(".weight")) or "plain in the file"
+    return tensor, Entry(name, "keep", kept, tensor.nbytes, tensor.nbytes)
+
+
+def _why_plain(value: QuantizedWeight, linear: bool, shape: tuple[int, ...] | None) -> str:
+    if not linear:
+        return "not a linear weight"
+    if not in_rows(value):
+        return "its blocks run across its rows"
+    return "" if value.orig_shape == shape else "stored in another shape"
+
+
+def _in_shape(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """The tensor in the shape of the model's parameter: ggml drops outer dimensions of 1.
+
+    Raises:
+        FileError: another shape.
+    """
+    found = tuple(tensor.shape)
+    if shape is None or found == shape:
+        return tensor
+    if [n for n in found if n != 1] != [n for n in shape if n != 1]:
+        raise FileError(f"{path.name}: '{name}' has shape {found}, the model needs {shape}.")
+    return tensor.reshape(shape)
+
+
+def _report(source: GgufModel, plan: _Plan, entries: list[Entry]) -> QuantReport:
+    formats = sorted({e.format_id for e in entries if e.format_id})
+    report = QuantReport(source.path.name, ", ".join(formats) or "plain tensors only", entries=entries)
+    declared = source.metadata.get("general.architecture") or "none"
+    if source.found:
+        report.notes.append(f"architecture {source.found.architecture} (the file says: {declared})")
+    else:
+        report.warnings.append(f"architecture not known here, detected by ComfyUI (the file says: {declared})")
+    report.notes += source.notes
+    plain = [e for e in entries if e.action == "dequantize"]
+    if plain:
+        more = sum(e.nbytes_out for e in plain) / MIB
+        names = _shown([e.name for e in plain])
+        report.notes.append(f"{len(plain)} tensors were dequantized at load, {more:.1f} MiB: {names}")
+    if plan.missing:
+        report.warnings.append(f"the file has nothing for {len(plan.missing)} parameters: {_shown(plan.missing)}")
+    if plan.unknown:
+        report.warnings.append(f"the model has no place for {len(plan.unknown)} tensors: {_shown(plan.unknown)}")
+    for warning in report.warnings:
+        log.warning("%s: %s", source.path.name, warning)
+    return report
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def check_loaded(model: nn.Module, path: Path) -> None:

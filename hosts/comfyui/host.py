@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ...quantizers.memory import describe
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
+from ..base import path_inside
+from ..record import Recorder
 from . import patchers
 from .linear import make_linear
 
@@ -84,10 +86,20 @@ class ComfyHost:
     def compute_device(self, model: Any) -> torch.device | None:
         return _patcher(model).load_device
 
-    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+    def load_gguf(self, path: Path, carrier: Carrier, cache_mib: int = 0) -> tuple[Any, QuantReport]:
         from .gguf import load_gguf
 
-        return load_gguf(path, carrier)
+        return load_gguf(path, carrier, cache_mib)
+
+    def text_encoder_types(self) -> Mapping[int, Sequence[str]]:
+        from .gguf_text import types_by_count
+
+        return types_by_count()
+
+    def load_text_encoder(self, paths: Sequence[Path], kind: str, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .gguf_text import load_text_encoder
+
+        return load_text_encoder(paths, kind, carrier)
 
     def load_and_quantize(
         self, path: Path, spec: QuantSpec, carrier: Carrier, on_failure: OnFailure, cached: bool
@@ -104,6 +116,16 @@ class ComfyHost:
         others = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == device)
         total = mm.get_total_memory(device)
         return describe(device, min(mm.get_free_memory(device) + others, total), total)
+
+    def record(self, model: Any) -> tuple[Any, Recorder]:
+        from .record import recording
+
+        return recording(model)
+
+    def output_path(self, name: str) -> Path:
+        import folder_paths
+
+        return path_inside(Path(folder_paths.get_output_directory()), name)
 
     def offload_mode(self, model: Any) -> OffloadMode:
         from .memory import memory_state

@@ -19,7 +19,9 @@ from ...quantizers.memory import device_facts
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
+from ..base import path_inside
 from ..modules import with_layers
+from ..record import Recorder
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 # ComfyUI's folder names, and the older names that it still searches.
@@ -76,10 +78,18 @@ class StandaloneHost:
         }
         return dataclasses.replace(model, encoders=encoders)
 
-    def load_gguf(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+    def load_gguf(self, path: Path, carrier: Carrier, cache_mib: int = 0) -> tuple[Any, QuantReport]:
         from .models import load_gguf
 
-        return load_gguf(path, carrier, self.make_layer, self.progress)
+        return load_gguf(path, carrier, self.make_layer, self.progress, cache_mib)
+
+    def text_encoder_types(self) -> Mapping[int, Sequence[str]]:
+        return {1: ["stable_diffusion"], 2: ["flux"]}
+
+    def load_text_encoder(self, paths: Sequence[Path], kind: str, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .gguf_text import load_text_encoders
+
+        return load_text_encoders(paths, carrier, self.make_layer)
 
     def load_and_quantize(
         self, path: Path, spec: QuantSpec, carrier: Carrier, on_failure: OnFailure, cached: bool
@@ -120,6 +130,13 @@ class StandaloneHost:
     def memory(self, model: Any) -> DeviceFacts:
         parameters = (p for module in self.components(model).values() for p in module.parameters())
         return device_facts(next(parameters).device)
+
+    def record(self, model: Any) -> tuple[Any, Recorder]:
+        recorder = Recorder()
+        return dataclasses.replace(model, recorder=recorder), recorder
+
+    def output_path(self, name: str) -> Path:
+        return path_inside(self.output, name)
 
     def offload_mode(self, model: Any) -> OffloadMode:
         return OffloadMode.NONE

@@ -7,21 +7,27 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...quantizers.apply import LayerMaker, check_finite, make_layer
+from ...quantizers.backends.gguf.types import type_name
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
+from ...quantizers.files.gguf_model import dequantized, in_rows, open_gguf_model
+from ...quantizers.kernels.kept import keep_dequantized
 from ...quantizers.plan import sensitive_reason
-from ...quantizers.registry import require
 from ...quantizers.report import Entry, QuantReport
 from ...quantizers.weight import QuantizedWeight
 from ..modules import share_tree
+from ..record import Recorder
 from . import flux
+
+FAMILY = "flux"  # `general.architecture` of the models that this host runs
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,14 @@ class DiffusionModel:
         config: sizes read off the file.
         source: file name, for messages.
         dtype: in which it computes, whatever its weights are stored as.
+        recorder: what is told of the inputs of its layers when it is sampled with.
     """
 
     transformer: nn.Module
     config: flux.FluxConfig
     source: str
     dtype: torch.dtype
+    recorder: Recorder | None = None
 
     @property
     def shift_mu(self) -> float:
@@ -90,22 +98,37 @@ def store_as(model: DiffusionModel, storage: torch.dtype) -> DiffusionModel:
 
 
 def load_gguf(
-    path: Path, carrier: Carrier, maker: LayerMaker = make_layer, progress: Any = None
+    path: Path, carrier: Carrier, maker: LayerMaker = make_layer, progress: Any = None, cache_mib: int = 0
 ) -> tuple[DiffusionModel, QuantReport]:
-    """Open a FLUX GGUF file; block-quantized tensors stay in their blocks, plain ones become bfloat16.
+    """Open a FLUX GGUF file; block-quantized weights of linear layers stay in their blocks, others become bfloat16.
 
+    Args:
+        cache_mib: MiB of dequantized weights that may be kept between products; 0 keeps none.
     Raises:
-        FileError: not a GGUF file, damaged, or of a family that the embedded host does not have.
+        FileError: not a GGUF file, damaged, or something else than a model that the embedded host has.
         WeightError: nan or inf in a tensor, or in the scales of its blocks.
     """
     start = time.perf_counter()
-    checkpoint = read_checkpoint(path)
-    if "general.architecture" not in checkpoint.metadata:
-        raise FileError(f"{path.name}: not a GGUF file.\nLoad it with the UNETLoader node.")
-    tensors = flux_tensors(checkpoint.tensors, checkpoint.path)
-    transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, maker, progress)
+    source = open_gguf_model(path)
+    if source.found is None:
+        raise source.problem or FileError(f"{path.name}: not a model that is known here.")
+    if source.found.architecture != FAMILY:
+        raise FileError(
+            f"{path.name}: a model of architecture {source.found.architecture}, and the embedded host runs {FAMILY}.\n"
+            f"LoadGGUF opens {source.found.architecture} in ComfyUI: run this graph there, or on its server with "
+            "`quantwire run WORKFLOW.json --server URL`."
+        )
+    tensors = flux_tensors(source.values, path)
+    checkpoint = Checkpoint(path, tensors, source.metadata)
+    transformer, entries = _assemble(tensors, checkpoint, torch.bfloat16, carrier, maker, progress, source.plain)
     types = sorted({v.format_id for v in tensors.values() if isinstance(v, QuantizedWeight)})
     report = QuantReport(path.name, ", ".join(types) or "plain tensors only", carrier.value, entries=entries)
+    report.notes += source.notes
+    plain = [e.name for e in entries if e.action == "dequantize"]
+    if plain:
+        report.notes.append(f"{len(plain)} tensors in blocks were dequantized at load: {', '.join(plain[:5])}")
+    if cache_mib:
+        report.notes.append(keep_dequantized(transformer, cache_mib, carrier))
     report.seconds = time.perf_counter() - start
     return DiffusionModel(transformer, flux.config_of(tensors, path.name), path.name, torch.bfloat16), report
 
@@ -145,12 +168,19 @@ def _assemble(
     carrier: Carrier,
     maker: LayerMaker = make_layer,
     progress: Any = None,
+    made_plain: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[nn.Module, list[Entry]]:
+    """A model on the tensors of a file, and what became of each.
+
+    Args:
+        made_plain: tensors that were in blocks and are so no more -> why.
+    """
     file = checkpoint.path.name
     config = flux.config_of(tensors, file)
     model = flux.build(config)
     state: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedWeight] = {}
+    plain: dict[str, str] = {}
     used: set[str] = set()
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for row in flux.key_map(config):
@@ -160,9 +190,14 @@ def _assemble(
         if row.source not in used:
             check_finite(row.source, source)
         used.add(row.source)
-        if isinstance(source, QuantizedWeight) and row.target not in linear:
+        reason = made_plain.get(row.source, "")
+        if isinstance(source, QuantizedWeight) and not (row.target in linear and in_rows(source)):
             # A bias or norm in blocks: nothing to multiply by, so plain is cheapest.
-            source = require(source.format_id).dequantize(source, dtype).reshape(source.orig_shape)
+            why = "its blocks run across its rows" if row.target in linear else "not a linear weight"
+            reason = f"{type_name(source.format_id)} in the file: {why}"
+            source = dequantized(source, dtype)
+        if reason:
+            plain[row.target] = reason
         value = flux.select_rows(source, row)
         if isinstance(value, QuantizedWeight):
             quantized[row.target.removesuffix(".weight")] = value
@@ -170,7 +205,7 @@ def _assemble(
             state[row.target] = value.to(dtype)
     check_complete(model, state, quantized, file, set(tensors) - used)
     fill(model, state, quantized, carrier, maker, progress)
-    return model, entries_of(state, quantized)
+    return model, entries_of(state, quantized, plain)
 
 
 def fill(
@@ -194,14 +229,23 @@ def fill(
         _install(model, name, maker(weight, state.get(f"{name}.bias"), carrier))
 
 
-def entries_of(state: Mapping[str, Tensor], quantized: Mapping[str, QuantizedWeight]) -> list[Entry]:
-    """The report of a model that was quantized in its file."""
-    kept = [
-        Entry(n, "keep", sensitive_reason(n.removesuffix(".weight")) or "plain in the file", v.nbytes, v.nbytes)
-        for n, v in state.items()
-    ]
+def entries_of(
+    state: Mapping[str, Tensor],
+    quantized: Mapping[str, QuantizedWeight],
+    plain: Mapping[str, str] = MappingProxyType({}),
+) -> list[Entry]:
+    """The report of a model that was quantized in its file.
+
+    Args:
+        plain: tensors of `state` that were in blocks -> why they are not now.
+    """
+    kept: list[Entry] = []
+    for n, v in state.items():
+        action = "dequantize" if n in plain else "keep"
+        reason = plain.get(n) or sensitive_reason(n.removesuffix(".weight")) or "plain in the file"
+        kept.append(Entry(n, action, reason, v.nbytes, v.nbytes))
     done = [
-        Entry(f"{n}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes)
+        Entry(f"{n}.weight", "quantize", "from the file", weight.numel * 2, weight.nbytes, format_id=weight.format_id)
         for n, weight in quantized.items()
     ]
     return kept + done

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.modes import Carrier
 from ..errors import SpecError
 from ..weight import QuantizedWeight
 
@@ -44,6 +45,11 @@ class KeptWeights:
         self.limit_mib = limit_mib
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> KeptWeights | None:
+        """The kept weights of a model's layers."""
+        return next((kept for m in model.modules() if (kept := getattr(m, "kept", None)) is not None), None)
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +102,29 @@ class KeptWeights:
 
     def __str__(self) -> str:
         return f"{len(self)} layers kept dequantized, {self.nbytes / MIB:.0f} of at most {self.limit_mib} MiB"
+
+
+def keep_dequantized(model: nn.Module, cache_mib: int, carrier: Carrier) -> str:
+    """Let the quantized layers of a model keep dequantized weights, and say so for a report.
+
+    Raises:
+        SpecError: layers of a library, which keep nothing.
+    """
+    if carrier is Carrier.LIBRARY:
+        raise SpecError("cache_mib: a library's own layers keep no dequantized weights.\nUse carrier quantwire.")
+    kept = KeptWeights(cache_mib)
+    # Ours, and the host's layers that hold a quantized weight.
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "kept") and _is_quantized(m)]
+    for layer in layers:
+        layer.kept = kept
+    return (
+        f"cache_mib: up to {cache_mib} MiB of dequantized weights of {len(layers)} layers are kept between products, "
+        "beside the size above"
+    )
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "format_id", None) or getattr(layer, "quant_format", None))
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:

@@ -24,12 +24,22 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import OTHER_TYPES, in_blocks, write_file
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BOOT_S = 120
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Of RMS, layer and group norms: near 1, or a random model would mute itself.
+NORMS = (
+    "norm.weight",
+    ".in_layers.0.weight",
+    ".out_layers.0.weight",
+    "out.0.weight",
+    "0.norm1.weight",
+    "0.norm2.weight",
+)
 Graph = dict[str, dict[str, Any]]
 
 
@@ -191,11 +201,16 @@ def write_models(tree: Path, models: Path) -> None:
     for name in ("Q8_0", "Q4_0"):
         spec = QuantSpec.from_uri(f"gguf;type={name.lower()}")
         write_gguf(models / "diffusion_models" / f"digits_flux-{name}.gguf", flux, spec)
+    for name in OTHER_TYPES:
+        write_file(models / "diffusion_models" / f"digits_flux-{name}.gguf", flux, in_blocks(name), "flux")
     save_file(random_lora(flux), models / "loras" / "lora.safetensors")
     for name, layout in json.loads((HERE / "layouts.json").read_text()).items():
         generator = torch.Generator().manual_seed(1)
         tensors = {
-            n: (torch.randn(shape, generator=generator) * 0.05 + (n.endswith("norm.weight"))).to(DTYPES[dtype])
+            n: (
+                torch.randn(shape, generator=generator) * layout.get("std", 0.05)
+                + (len(shape) == 1 and n.endswith(NORMS))
+            ).to(DTYPES[dtype])
             for n, (dtype, shape) in layout["tensors"].items()
         }
         save_file(tensors, models / "diffusion_models" / f"{name}.safetensors", metadata=layout["metadata"])

@@ -88,13 +88,22 @@ def every_call(source: str, format_id: str) -> tuple[Graph, dict[tuple[bool, str
         The graph, and the id of the node that saves the latent of (LoRA, mode).
     """
     (last, _), nodes = chain(source, format_id, False, "default")
-    lora = node("LoraLoaderModelOnly", model=[last, 0], lora_name="lora.safetensors", strength_model=1.0)
-    graph = sampled((last, 0), {**nodes, "lora": lora})
+    return calls(last, nodes, lora="lora.safetensors")
+
+
+def calls(
+    last: str, nodes: Graph, *, lora: str = "", latent: dict[str, Any] | None = None
+) -> tuple[Graph, dict[tuple[bool, str], str]]:
+    """One graph that calls the model of a node in every load mode, and, where one is named, with a LoRA too."""
+    if lora:
+        inputs = {"model": [last, 0], "lora_name": lora, "strength_model": 1.0}
+        nodes = {**nodes, "lora": node("LoraLoaderModelOnly", **inputs)}
+    graph = sampled((last, 0), nodes, latent=latent)
     sampler = graph.pop("sampler")
     del graph["save"]
     saves: dict[tuple[bool, str], str] = {}
     before: dict[str, Any] = {}
-    for with_lora in (False, True):
+    for with_lora in (False, True) if lora else (False,):
         for mode in MODES:
             name = f"{'lora' if with_lora else 'plain'}_{mode}"
             model = ["lora" if with_lora else last, 0]

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import OTHER_TYPES
 from graphs import MODES, chain, every_call, node, sampled, unet
-from quantwire.quantizers.registry import format_ids
+from quantwire.quantizers.registry import format_ids, get_entry
 
 # Relative error of one model call against full precision; about twice what was measured, see docs/comfyui.md.
 ERROR_BOUND = {
@@ -59,15 +60,26 @@ ERROR_BOUND = {
     "layerwise-fp8-e4m3fn": 0.03,
     "layerwise-fp8-e5m2": 0.08,
     "gguf-q8-0": 0.01,
+    "gguf-q6-k": 0.02,
+    "gguf-q5-0": 0.05,
     "gguf-q4-0": 0.10,
+    "gguf-q4-k": 0.10,
+    "gguf-iq4-xs": 0.10,
+    "gguf-mxfp4": 0.15,
+    "gguf-q2-k": 0.4,
 }
 COSINE = 0.98
 # W4A4 rounds activations to 4 bits; a layer with a LoRA computes without that rounding, so what the LoRA changes and
 # what the rounding changed come together. 2 bits leave a model so far off that a LoRA meets other activations.
-COSINE_SHORT = {"comfy-w4a4-convrot": 0.96, "sdnq-uint2": 0.92, "quanto-qint2": 0.88}
+COSINE_SHORT = {"comfy-w4a4-convrot": 0.96, "sdnq-uint2": 0.92, "quanto-qint2": 0.88, "gguf-q2-k": 0.92}
 # Streamed layers compute as loaded ones do; the host casts them by another route, which may round once more.
 SAME = 1e-5
-CASES = [(f, "QuantizeModel") for f in format_ids()] + [(f, "LoadGGUF") for f in ("gguf-q8-0", "gguf-q4-0")]
+# GGUF types differ in how a block is read alone, which the conformance suite checks bit for bit.
+QUANTIZED_GGUF = ("gguf-q8-0", "gguf-q4-0", "gguf-q4-k")
+CASES = [
+    *((f, "QuantizeModel") for f in format_ids() if get_entry(f).backend != "gguf" or f in QUANTIZED_GGUF),
+    *((f"gguf-{kind.lower().replace('_', '-')}", "LoadGGUF") for kind in ("Q8_0", "Q4_0", *OTHER_TYPES)),
+]
 CALLS = [(lora, mode) for lora in (False, True) for mode in MODES]
 
 

@@ -47,6 +47,24 @@ def test_damaged_gguf(quantwire: Any, models: Path, gguf_file: Path, cut: int) -
     done.assert_refused("FileError: node 2 'GGUF model' (LoadGGUF): damaged.gguf")
 
 
+def test_gguf_of_another_family(quantwire: Any, models: Path) -> None:
+    writer = gguf.GGUFWriter(str(models / "diffusion_models" / "wan.gguf"), "wan")
+    names = ("blocks.0.self_attn.q.weight", "text_embedding.0.weight", "head.head.weight")
+    for name in names:
+        writer.add_tensor(name, torch.zeros(32, 32).numpy())
+    writer.add_tensor("head.modulation", torch.zeros(1, 2, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = quantwire("gguf", "--set", "LoadGGUF.gguf_name=wan.gguf")
+    done.assert_refused(
+        "FileError: node 2 'GGUF model' (LoadGGUF): wan.gguf: a model of architecture wan",
+        "the embedded host runs flux",
+    )
+    assert "LoadGGUF opens wan in ComfyUI" in done.err
+
+
 @pytest.fixture(scope="module")
 def gguf_file(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("gguf") / "demo.gguf"
@@ -146,7 +164,7 @@ def convert(tmp_path: Path, outcome: Any, capsys: pytest.CaptureFixture[str]) ->
     def run(source: Path, target: str, kind: str = "Q8_0") -> Any:
         capsys.readouterr()
         (tmp_path / "to").mkdir(exist_ok=True)
-        code = main(["convert", str(source), str(tmp_path / "to" / target), "--type", kind])
+        code = main(["convert", str(source), str(tmp_path / "to" / target), "--type", kind, "--overwrite"])
         said = capsys.readouterr()
         return outcome(code, said.out, said.err, tmp_path / "to")
 
@@ -169,13 +187,14 @@ def test_convert_refuses(convert: Any, tmp_path: Path, demo_models: Path, capsys
     (tmp_path / "short.safetensors").write_bytes(demo.read_bytes()[:-10])
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     cases: list[tuple[Path, str, str, str]] = [
-        (demo, "demo.gguf", "Q9_0", "q8_0"),
-        (demo, "demo.safetensors", "Q8_0", "is a .gguf file"),
+        (demo, "demo.gguf", "Q9_0", "Q8_0"),
+        (demo, "demo.safetensors", "Q8_0", "A safetensors file cannot hold the GGUF type Q8_0"),
+        (demo, "demo.bin", "Q8_0", "is a .gguf or .safetensors file"),
         (tmp_path / "none.safetensors", "demo.gguf", "Q8_0", "none.safetensors"),
         (tmp_path / "short.safetensors", "demo.gguf", "Q8_0", "truncated"),
         (tmp_path / "nan.safetensors", "demo.gguf", "Q8_0", "double_blocks.0.img_mlp.0.weight"),
-        (demo_models / "vae" / "digits_tae.safetensors", "demo.gguf", "Q8_0", "architecture"),
-        (demo, "../file/demo.gguf", "Q8_0", "cannot be written"),
+        (demo_models / "vae" / "digits_tae.safetensors", "demo.gguf", "Q8_0", "A VAE, no diffusion model"),
+        (demo, "../file/demo.gguf", "Q8_0", "OUT: cannot write in"),
     ]
     for source, target, kind, said in cases:
         convert(source, target, kind).assert_refused(said)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+from .small import shrink
+
 
 class ProbeLoad:
     """`after` is any output that must exist before: it puts several loads of one model in one graph in order."""
@@ -29,16 +31,65 @@ class ProbeLoad:
         if mode == "default":
             return (model,)
         forced = model.clone()
-
-        def partially_load(device, extra_memory=0, force_patch_weights=False):
-            forced.unpatch_model(forced.offload_device, unpatch_weights=True)
-            forced.patch_model(load_weights=False)
-            budget = forced.model_size() // 2 if mode == "partial" else 0.1
-            forced.load(device, lowvram_model_memory=budget, full_load=False)
-            return forced.loaded_size()
-
-        forced.partially_load = partially_load
+        _force(forced, mode)
         return (forced,)
+
+
+def _force(forced, mode):
+    def partially_load(device, extra_memory=0, force_patch_weights=False):
+        forced.unpatch_model(forced.offload_device, unpatch_weights=True)
+        forced.patch_model(load_weights=False)
+        budget = forced.model_size() // 2 if mode == "partial" else 0.1
+        forced.load(device, lowvram_model_memory=budget, full_load=False)
+        return forced.loaded_size()
+
+    forced.partially_load = partially_load
+
+
+class ProbeLoadClip:
+    """ProbeLoad for a CLIP; `after` is a CONDITIONING that must exist before."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "force"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        required = {"clip": ("CLIP",), "mode": (["default", "partial", "novram"],)}
+        return {"required": required, "optional": {"after": ("CONDITIONING",)}}
+
+    def force(self, clip, mode, after=None):
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
+        forced = clip.clone()
+        if mode != "default":
+            _force(forced.patcher, mode)
+        return (forced,)
+
+
+class ProbeConditioning:
+    """Writes the tensors of a conditioning to a safetensors file of the output folder."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING", {})}}
+
+    def save(self, conditioning, name):
+        import folder_paths
+        import torch
+        from safetensors.torch import save_file
+
+        (cond, extra), *_ = conditioning
+        tensors = {"cond": cond, **{n: t for n, t in extra.items() if isinstance(t, torch.Tensor)}}
+        path = f"{folder_paths.get_output_directory()}/{name}.safetensors"
+        save_file({n: t.detach().float().contiguous() for n, t in tensors.items()}, path)
+        return {"ui": {"text": [path]}}
 
 
 class ProbeFormats:
@@ -86,7 +137,9 @@ class ProbeModel:
 
     def tell(self, model, after=None):
         layers = [m for m in model.model.diffusion_model.modules() if hasattr(m, "quant_format")]
+        kept = next((m.kept for m in layers if getattr(m, "kept", None) is not None), None)
         facts = {
+            "kept_nbytes": kept.nbytes if kept is not None else 0,
             "size": model.model_size(),
             "patcher": type(model).__name__,
             "quantized_layers": len(layers),
@@ -97,6 +150,31 @@ class ProbeModel:
             "meta": [dict(getattr(m.weight._params, "meta", ())) for m in layers[:1]],
         }
         return {"ui": {"text": [json.dumps(facts)]}}
+
+
+class ProbeLayout:
+    """Names and shapes of the tensors of a model with this configuration, which the host makes; as JSON."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "tell"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"config": ("STRING", {"default": "{}"})}}
+
+    def tell(self, config):
+        import comfy.ops
+        import torch
+        from comfy.model_detection import model_config_from_unet_config
+
+        found = model_config_from_unet_config(json.loads(config))
+        found.set_inference_dtype(torch.bfloat16, None)
+        found.custom_operations = comfy.ops.disable_weight_init
+        model = found.get_model({}, "", device=torch.device("meta")).diffusion_model
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {"ui": {"text": [json.dumps(shapes)]}}
 
 
 class ProbeRemake:
@@ -194,6 +272,30 @@ class ProbeMemory:
         return {"ui": {"text": [json.dumps(found)]}}
 
 
-NODE_CLASS_MAPPINGS = {
-    cls.__name__: cls for cls in (ProbeLoad, ProbeFormats, ProbeModel, ProbeRemake, ProbeControlNet, ProbeMemory)
-}
+class ProbeClip:
+    """Facts about a CLIP as JSON."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "tell"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}, "optional": {"after": ("CONDITIONING",)}}
+
+    def tell(self, clip, after=None):
+        layers = [m for m in clip.cond_stage_model.modules() if hasattr(m, "quant_format")]
+        made, args, *_ = clip.patcher.cached_patcher_init
+        facts = {
+            "size": clip.patcher.model_size(),
+            "quantized_layers": len(layers),
+            "formats": sorted({m.weight._params.format_id for m in layers}),
+            "remade": type(made(*args, disable_dynamic=True)).__name__,
+        }
+        return {"ui": {"text": [json.dumps(facts)]}}
+
+
+NODES = (ProbeLoad, ProbeFormats, ProbeModel, ProbeLayout, ProbeRemake, ProbeControlNet, ProbeMemory)
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (*NODES, ProbeLoadClip, ProbeConditioning, ProbeClip)}
+shrink()

@@ -19,7 +19,7 @@ from .errors import QuantwireError, SpecError, WeightError
 from .kernels.compare import finite
 from .plan import Action, Decision, QuantPlan, Slot, make_plan, refusal_of
 from .provenance import remember
-from .registry import require
+from .registry import require, require_reader
 from .report import Entry, QuantReport, measure
 from .spec import QuantSpec
 from .weight import QuantizedLinear, QuantizedWeight, TensorMeta
@@ -351,7 +351,7 @@ def check_finite(name: str, w: Tensor | QuantizedWeight) -> None:
     """
     count = w.numel if isinstance(w, QuantizedWeight) else w.numel()
     if isinstance(w, QuantizedWeight):
-        bad = require(w.format_id).non_finite(w)
+        bad = require_reader(w.format_id).non_finite(w)
     elif not w.is_floating_point():
         return
     else:

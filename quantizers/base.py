@@ -41,6 +41,10 @@ class Quantizer:
         """Whether the library behind the format is here and runs. Never raises."""
         raise NotImplementedError
 
+    def probe_reading(self) -> Availability:
+        """Whether weights that are in the format already can be restored and multiplied here. Never raises."""
+        return self.probe()
+
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         """Why this tensor cannot be quantized so, or None. Looks at name, shape and dtype only."""
         return None

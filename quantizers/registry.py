@@ -87,4 +87,24 @@ def require(format_id: str) -> Quantizer:
     return quantizer
 
 
+@functools.cache
+def _reading(format_id: str) -> Availability:
+    state = availability(format_id)
+    return state if state.works else get_quantizer(format_id).probe_reading()
+
+
+def require_reader(format_id: str) -> Quantizer:
+    """The quantizer, if weights that are in the format already can be restored and multiplied here.
+
+    Raises:
+        SpecError: unknown id.
+        BackendUnavailable: with the probe's reason and remedy.
+    """
+    quantizer = get_quantizer(format_id)
+    state = _reading(format_id)
+    if not state.works:
+        raise BackendUnavailable(f"{format_id}: {state.reason}\n{state.remedy}")
+    return quantizer
+
+
 register(entry for backend in BACKENDS for entry in backend.entries)

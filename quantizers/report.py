@@ -24,8 +24,8 @@ class Entry:
     """One tensor. `sqnr_db` and `max_error` are None where nothing was quantized.
 
     Attributes:
-        action: `quantize`, `keep`, `full precision` (it failed and the user allowed that), or `dequantize` (quantized in
-            the file, which the model cannot use there).
+        action: `quantize`, `keep`, `full precision` (it failed and the user allowed that), or `dequantize` (quantized
+            in the file, which the model cannot use there).
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum w^2 / sum (w - w')^2).
         max_error: largest |w - w'|.
         signal, noise: the two sums, so that totals can be formed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ class ComfyHost:
 
     def resolve(self, folder: str, name: str) -> Path:
         for root in self._roots(folder):
-            path = root / name
-            if path.is_file() and path.resolve().is_relative_to(root.resolve()):
+            # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
+            path = Path(os.path.normpath(root / name))
+            if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
         files = self.list_files(folder, (Path(name).suffix.lower(),) if Path(name).suffix else ())
         searched = ", ".join(str(root) for root in self._roots(folder))

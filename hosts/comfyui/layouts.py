@@ -18,7 +18,7 @@ from ...quantizers.backends.comfy import FORMATS, Comfy
 from ...quantizers.errors import SpecError
 from ...quantizers.formats import BACKENDS
 from ...quantizers.provenance import remember, spec_of
-from ...quantizers.registry import get_entry, require
+from ...quantizers.registry import get_entry, require, require_reader
 from ...quantizers.weight import QuantizedWeight
 
 BACKEND_TENSORS = {backend.name: backend.tensors for backend in BACKENDS}
@@ -88,7 +88,7 @@ class _LayoutMethods:
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         weight = weight_of(qdata, params)
-        return require(weight.format_id).dequantize(weight, params.orig_dtype)
+        return require_reader(weight.format_id).dequantize(weight, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
@@ -182,4 +182,4 @@ def _linear(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         from comfy_kitchen.tensor.base import dequantize_args
 
         return torch.nn.functional.linear(*dequantize_args((x, tensor, bias)))
-    return require(weight.format_id).linear(x, weight, bias)
+    return require_reader(weight.format_id).linear(x, weight, bias)

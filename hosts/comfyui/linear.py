@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...quantizers.apply import LoraMode
 from ...quantizers.kernels.kept import KeptWeights
-from ...quantizers.registry import require
+from ...quantizers.registry import require_reader
 from ...quantizers.weight import QuantizedWeight
 from .layouts import algorithm_of, from_quantized_tensor, to_quantized_tensor
 
@@ -81,7 +81,7 @@ def operations(compute_dtype: torch.dtype) -> Any:
             q = from_quantized_tensor(self.weight)
             if q is None:
                 return None
-            return self.kept.get(self, q, input.dtype, lambda: require(q.format_id).dequantize(q, input.dtype))
+            return self.kept.get(self, q, input.dtype, lambda: require_reader(q.format_id).dequantize(q, input.dtype))
 
         def _with(self, call: Any, name: str, value: Any, input: Tensor) -> Tensor:
             before = getattr(self, name)

@@ -26,7 +26,7 @@ from ...quantizers.apply import FLOAT_DTYPES, check_finite, quantize_tensor
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import read_checkpoint
 from ...quantizers.provenance import spec_of
-from ...quantizers.registry import require
+from ...quantizers.registry import require_reader
 from ...quantizers.weight import QuantizedLinear, QuantizedWeight
 from ..modules import with_layers
 from . import flux
@@ -175,7 +175,7 @@ def _requantized(layer: Any, target: str, lora: Factors) -> QuantizedLinear:
     """
     base = layer.merge.base or layer.quantized_weight
     loras = (*layer.merge.loras, lora)
-    full = _added(require(base.format_id).dequantize(base, torch.float32), loras)
+    full = _added(require_reader(base.format_id).dequantize(base, torch.float32), loras)
     weight, _ = quantize_tensor(f"{target}.weight", full.to(base.orig_dtype), spec_of(base.format_id, base.meta))
     merged = QuantizedLinear(weight, layer.bias).eval()
     merged.merge = Merge(base, loras)  # type: ignore[assignment]

@@ -18,14 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import check_finite
+from ...quantizers.apply import LayerMaker, check_finite
+from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
+from ...quantizers.files.gguf_model import dequantized
+from ...quantizers.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
 CLIP_LENGTH = 77
 T5_LENGTH = 256  # what ComfyUI pads T5 to for FLUX; longer prompts are not cut
+# Their rows are cast to float32 by the first norm, so they need not take twice the memory.
+T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
+Value = Tensor | QuantizedWeight
 _WEIGHTED = re.compile(r"\(.*:[\d.]+\)|\bembedding:")
 
 
@@ -114,33 +120,68 @@ def load_text_encoder(paths: list[Path]) -> TextEncoder:
         FileError: neither kind, two of the same kind, no tokenizer, or a damaged file.
         WeightError: nan or inf in a tensor.
     """
+    return combine([(path, load_encoder(read_checkpoint(path))) for path in paths])
+
+
+def combine(loaded: list[tuple[Path, tuple[str, Encoder]]]) -> TextEncoder:
+    """One CLIP of several encoders.
+
+    Raises:
+        FileError: two of the same kind.
+    """
     encoders: dict[str, Encoder] = {}
-    for path in paths:
-        name, encoder = _load(read_checkpoint(path))
+    for path, (name, encoder) in loaded:
         if name in encoders:
             raise FileError(f"{path.name}: a second {name} encoder; FLUX takes one clip_l and one t5xxl.")
         encoders[name] = encoder
-    return TextEncoder(encoders, ", ".join(p.name for p in paths))
+    return TextEncoder(encoders, ", ".join(path.name for path, _ in loaded))
 
 
-def _load(checkpoint: Checkpoint) -> tuple[str, Encoder]:
+@dataclass(frozen=True)
+class QuantizedParts:
+    """How an encoder takes weights that are quantized in its file.
+
+    Attributes:
+        maker, carrier: make the linear layers.
+        tokenizer: of the file.
+    """
+
+    maker: LayerMaker
+    carrier: Carrier
+    tokenizer: Any
+
+
+def load_encoder(checkpoint: Checkpoint, parts: QuantizedParts | None = None) -> tuple[str, Encoder]:
+    """Make an encoder of a file.
+
+    Args:
+        parts: for a file whose linear weights are quantized; None refuses those.
+    Returns:
+        ComfyUI's name of it, and the encoder.
+    Raises:
+        FileError, WeightError: as for `load_text_encoder`.
+    """
     names = checkpoint.tensors
     if any(n.endswith("encoder.layers.0.self_attn.q_proj.weight") for n in names):
-        return "clip_l", _load_clip(checkpoint)
+        return "clip_l", _load_clip(checkpoint, parts)
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in names:
+        raise FileError(
+            f"{checkpoint.path.name}: a umT5 text encoder.\nThe embedded host runs T5; run umT5 in ComfyUI."
+        )
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in names:
-        return "t5xxl", _load_t5(checkpoint)
+        return "t5xxl", _load_t5(checkpoint, parts)
     raise FileError(
         f"{checkpoint.path.name}: not a CLIP-L or T5 text encoder (it has {', '.join(list(names)[:3])}, ...).\n"
         "The embedded host runs these two; run others in ComfyUI."
     )
 
 
-def _load_clip(checkpoint: Checkpoint) -> Encoder:
+def _load_clip(checkpoint: Checkpoint, parts: QuantizedParts | None) -> Encoder:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    plain = _plain(checkpoint)
-    state = {re.sub(r"^(.*\.)?text_model\.", "", n): t for n, t in plain.items()}
-    tokenizer = _tokenizer(checkpoint)
+    values = _values(checkpoint, parts)
+    state = {re.sub(r"^(.*\.)?text_model\.", "", n): t for n, t in values.items()}
+    tokenizer = parts.tokenizer if parts else tokenizer_of(checkpoint)
     end = _token_id(tokenizer, "<|endoftext|>", checkpoint)
     vocabulary, hidden = _shape(state, "embeddings.token_embedding.weight", checkpoint)
     positions, _ = _shape(state, "embeddings.position_embedding.weight", checkpoint)
@@ -163,18 +204,20 @@ def _load_clip(checkpoint: Checkpoint) -> Encoder:
     pad_to = checkpoint.metadata.get("pad_to", str(CLIP_LENGTH))
     if not pad_to.isdecimal():
         raise FileError(f"{checkpoint.path.name}: its metadata 'pad_to' is {pad_to!r}, expected a number of tokens.")
-    projection = next((t for n, t in plain.items() if n.endswith("text_projection.weight")), None)
+    projection = next((t for n, t in values.items() if n.endswith("text_projection.weight")), None)
     if projection is not None:
         check_finite("text_projection.weight", projection)
+        projection = _plain(projection)
     limit = min(CLIP_LENGTH, positions)
-    return Encoder(_finish(module, state, checkpoint), tokenizer, min(int(pad_to), limit), limit, end, end, projection)
+    finished = _finish(module, state, checkpoint, parts)
+    return Encoder(finished, tokenizer, min(int(pad_to), limit), limit, end, end, projection)
 
 
-def _load_t5(checkpoint: Checkpoint) -> Encoder:
+def _load_t5(checkpoint: Checkpoint, parts: QuantizedParts | None) -> Encoder:
     from transformers import T5Config, T5EncoderModel
 
-    state = _plain(checkpoint)
-    tokenizer = _tokenizer(checkpoint)
+    state = _values(checkpoint, parts)
+    tokenizer = parts.tokenizer if parts else tokenizer_of(checkpoint)
     end = _token_id(tokenizer, "</s>", checkpoint)
     pad = _token_id(tokenizer, "<pad>", checkpoint)
     first = "encoder.block.0.layer.0.SelfAttention"
@@ -194,18 +237,23 @@ def _load_t5(checkpoint: Checkpoint) -> Encoder:
     with torch.device("meta"):
         module = T5EncoderModel(config)
     _check_vocabulary(tokenizer, vocabulary, checkpoint)
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    return Encoder(_finish(module, state, checkpoint), tokenizer, T5_LENGTH, None, end, pad)
+    state["encoder.embed_tokens.weight"] = state["shared.weight"] = _plain(state["shared.weight"])
+    return Encoder(_finish(module, state, checkpoint, parts), tokenizer, T5_LENGTH, None, end, pad)
 
 
-def _shape(state: Mapping[str, Tensor], name: str, checkpoint: Checkpoint) -> tuple[int, int]:
-    if name not in state or state[name].ndim != 2:
-        found = f"has shape {tuple(state[name].shape)}, expected two dimensions" if name in state else "is missing"
+def _shape(state: Mapping[str, Value], name: str, checkpoint: Checkpoint) -> tuple[int, int]:
+    shape = shape_of(state[name]) if name in state else ()
+    if len(shape) != 2:
+        found = f"has shape {shape}, expected two dimensions" if name in state else "is missing"
         raise FileError(f"{checkpoint.path.name}: tensor '{name}' {found}.")
-    return state[name].shape[0], state[name].shape[1]
+    return shape[0], shape[1]
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+def shape_of(value: Value) -> tuple[int, ...]:
+    return value.orig_shape if isinstance(value, QuantizedWeight) else tuple(value.shape)
+
+
+def _count(state: Mapping[str, Value], pattern: str) -> int:
     return len({m[1] for name in state if (m := re.match(pattern, name))})
 
 
@@ -228,29 +276,54 @@ def _check_vocabulary(tokenizer: Any, vocabulary: int, checkpoint: Checkpoint) -
         )
 
 
-def _plain(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    plain = {n: t for n, t in checkpoint.tensors.items() if isinstance(t, Tensor)}
-    odd = next((n for n in checkpoint.tensors if n not in plain or plain[n].dtype.itemsize < 2), None)
-    if odd is not None:
-        raise FileError(f"{checkpoint.path.name}: '{odd}' is already quantized; a full-precision file is needed here.")
-    return plain
+def _values(checkpoint: Checkpoint, parts: QuantizedParts | None) -> dict[str, Value]:
+    for name, value in checkpoint.tensors.items():
+        if value.dtype.itemsize < 2 if isinstance(value, Tensor) else parts is None:
+            todo = "\nLoad it with LoadGGUFTextEncoder." if isinstance(value, QuantizedWeight) else ""
+            raise FileError(
+                f"{checkpoint.path.name}: '{name}' is already quantized; a full-precision file is needed here.{todo}"
+            )
+    return dict(checkpoint.tensors)
 
 
-def _finish(module: nn.Module, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> nn.Module:
+def _plain(value: Value) -> Tensor:
+    """Embeddings and projections have no layer that could hold blocks; float16 is what ComfyUI gives them."""
+    return dequantized(value, torch.float16) if isinstance(value, QuantizedWeight) else value
+
+
+def _finish(
+    module: nn.Module, state: Mapping[str, Value], checkpoint: Checkpoint, parts: QuantizedParts | None
+) -> nn.Module:
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     for name, shape in wanted.items():
         if name not in state:
             raise FileError(f"{checkpoint.path.name}: tensor '{name}' is missing.")
-        if tuple(state[name].shape) != shape:
-            raise FileError(f"{checkpoint.path.name}: '{name}' has shape {tuple(state[name].shape)}, expected {shape}.")
+        if shape_of(state[name]) != shape:
+            raise FileError(f"{checkpoint.path.name}: '{name}' has shape {shape_of(state[name])}, expected {shape}.")
         check_finite(name, state[name])
-    module.load_state_dict({n: state[n] for n in wanted}, assign=True)
+    linear = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Linear)} if parts else set[str]()
+    quantized = {n: v for n in wanted if n in linear and isinstance(v := state[n], QuantizedWeight)}
+    plain = {n: _plain(state[n]) for n in wanted if n not in quantized}
+    if parts:  # GGUF files mix types; layers compute in that of their input
+        compute = torch.float32 if quantized else next(t.dtype for n, t in plain.items() if n in linear)
+        plain = {n: t if n in T5_TABLES else t.to(compute) for n, t in plain.items()}
+    module.load_state_dict(plain, strict=False, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    for name, weight in quantized.items():
+        layer = name.removesuffix(".weight")
+        bias = plain.get(f"{layer}.bias")
+        parent, _, leaf = layer.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, parts.maker(weight, bias, parts.carrier))  # type: ignore[union-attr]
     return module.eval()
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The complete tokenizer in the metadata, or in the file beside it.
+
+    Raises:
+        FileError: there is none, or it cannot be read.
+    """
     import tokenizers
 
     text = checkpoint.metadata.get("tokenizer_json")

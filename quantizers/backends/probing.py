@@ -57,14 +57,32 @@ def probe_torch_only(quantizer: Quantizer, others: str) -> Availability:
     Args:
         others: what to do where it does not run: "Choose ...".
     """
+    return probe_version(quantizer, str(torch.__version__), others, what="torch")
+
+
+def probe_version(
+    quantizer: Quantizer,
+    version: str,
+    others: str,
+    sample: Callable[[], QuantizedWeight] | None = None,
+    what: str = "",
+) -> Availability:
+    """Probe a format whose library is known to be there.
+
+    Args:
+        version: of that library.
+        others: what to do where it does not run: "Choose ...".
+        sample: as in `probe_package`.
+        what: name of the library, before the version.
+    """
     try:
-        fault = _fault(quantizer, None)
+        fault = _fault(quantizer, sample)
     except Exception as err:  # a device or a torch build without the dtype; the reason is kept for the user
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         fault = f"does not run here: {reason}"
     if fault:
-        return Availability(False, f"torch {torch.__version__} {fault}", others, str(torch.__version__))
-    return Availability(True, version=str(torch.__version__))
+        return Availability(False, f"{what} {version} {fault}".strip(), others, version)
+    return Availability(True, version=version)
 
 
 def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends.gguf.types import TYPES, format_id
 from ..errors import FileError
-from ..registry import require
+from ..registry import require_reader
 from ..weight import QuantizedWeight
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_NUMEL, GgufHeader, GgufTensor
 from .gguf_parts import read_gguf_parts
@@ -102,7 +102,7 @@ def read_gguf(path: Path) -> Checkpoint:
     tensors: dict[str, Tensor | QuantizedWeight] = {}
     parts = read_gguf_parts(path)
     for kind in sorted({t.kind for part in parts for t in part.header.tensors} - PLAIN_GGUF.keys()):
-        require(format_id(kind))
+        require_reader(format_id(kind))
     first = parts[0].header  # the keys of the model stand in the first part
     for part in parts:
         with open(part.path, "rb") as file:

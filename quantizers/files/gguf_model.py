@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends.gguf.types import TYPES, type_name
 from ..errors import FileError
-from ..registry import require
+from ..registry import require_reader
 from ..weight import QuantizedWeight, TensorMeta
 from .architectures import Found, comfyui_targets, detect
 from .checkpoint import Checkpoint, read_gguf
@@ -93,7 +93,7 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     if not qdata.numel():
         return torch.empty(weight.orig_shape, dtype=dtype)
     matrix = weight.with_tensors(weight.tensors, (qdata.shape[0], qdata.shape[1] // kind.nbytes * kind.block))
-    return require(weight.format_id).dequantize(matrix, dtype).reshape(weight.orig_shape)
+    return require_reader(weight.format_id).dequantize(matrix, dtype).reshape(weight.orig_shape)
 
 
 def in_rows(weight: QuantizedWeight) -> bool:

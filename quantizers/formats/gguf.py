@@ -20,7 +20,7 @@ def _id(name: str) -> str:
 
 BACKEND = Backend(
     name="gguf",
-    package="gguf",
+    package="libggml-python",
     licence="MIT",
     about="The tensor types of llama.cpp and GGUF files; weights stay in the blocks of the file.",
     entries=tuple(
@@ -30,5 +30,5 @@ BACKEND = Backend(
     arguments={"type": Argument("q8_0", tuple(_TYPES), effect="GGUF tensor type.")},
     selectors=("type",),
     chosen={_id(name): {"type": name} for name in _TYPES},
-    also={"libggml-python": "MIT"},
+    also={"gguf": "MIT"},
 )

@@ -106,7 +106,7 @@ print(json.dumps(messages))
 HIDE = """
 import importlib.machinery, sys
 HIDDEN = {"bitsandbytes", "optimum", "optimum-quanto", "comfy_kitchen", "comfy-kitchen"}
-HIDDEN |= {"sdnq", "torchao", "nncf", "gguf"}
+HIDDEN |= {"sdnq", "torchao", "nncf", "gguf", "libggml", "libggml-python"}
 class Hiding:
     def find_spec(self, name, path=None, target=None):
         hidden = name.partition(".")[0] in HIDDEN
@@ -171,7 +171,7 @@ class WrongProduct(Gguf):
 def test_a_library_whose_product_fails_is_unavailable(kind: type[Gguf], reason: str) -> None:
     state = kind("gguf-q8-0").probe()
     assert (state.works, state.remedy) == (False, "Choose a bnb or quanto format.")
-    assert state.reason == f"gguf {state.version} {reason}"
+    assert state.reason == f"libggml-python {state.version} {reason}"
 
 
 @pytest.mark.parametrize("format_id", FORMATS)
@@ -220,7 +220,8 @@ def test_a_missing_library() -> None:
         "Run `pip install torchao`, or choose bnb-int8, bnb-nf4 or a gguf format.",
         "nncf-nf4": "nncf-nf4: nncf is not installed.\n"
         "Run `pip install nncf`, or choose bnb-int8, bnb-nf4 or a gguf format.",
-        "gguf-q8-0": "gguf-q8-0: gguf is not installed.\nRun `pip install gguf`, or choose a bnb or quanto format.",
+        "gguf-q8-0": "gguf-q8-0: libggml-python is not installed.\n"
+        "Run `pip install libggml-python`, or choose a bnb or quanto format.",
     }  # and nothing of layerwise, which needs torch alone
 
 
@@ -232,16 +233,37 @@ def test_a_library_that_is_too_old(tmp_path: Path) -> None:
         "sdnq": ("sdnq-uint4", "0.2.7", "0.2.8"),
         "torchao": ("torchao-int4wo", "0.17.1", "0.18"),
         "nncf": ("nncf-nf4", "3.3", "3.4"),
-        "gguf": ("gguf-q8-0", "0.9", "0.17"),
+        "libggml-python": ("gguf-q4-k", "0.19.1", "0.20"),
     }
     for name, (_, version, _) in needed.items():
         distribution(tmp_path, name, version)
-    messages = ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
+    asked = tuple("gguf-q4-k" if f == "gguf-q8-0" else f for f in ASKED)
+    messages = ask(f"import sys; sys.path.insert(0, {str(tmp_path)!r})", asked)
     assert [m.splitlines()[0] for m in messages.values()] == [
         f"{format_id}: {name} {version} is too old; {least} or newer is needed."
         for name, (format_id, version, least) in needed.items()
     ]
-    assert "Run `pip install --upgrade gguf`" in messages["gguf-q8-0"]
+    assert "Run `pip install --upgrade nncf`" in messages["nncf-nf4"]
+    assert "Run `pip install --upgrade libggml-python`" in messages["gguf-q4-k"]
+
+
+def test_files_are_read_where_nothing_can_be_made() -> None:
+    """GGUF weights need torch alone; the grids of the IQ2, IQ3 and IQ1 types stand in the gguf package."""
+    code = f"""{HIDE}
+from quantwire.quantizers.errors import BackendUnavailable
+from quantwire.quantizers.registry import availability, format_ids, require_reader
+for format_id in format_ids():
+    if format_id.startswith("gguf-"):
+        assert not availability(format_id).works, format_id
+        try:
+            require_reader(format_id)
+        except BackendUnavailable as err:
+            print(format_id, str(err).splitlines())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    assert said.keys() == {f"gguf-{n}" for n in ("iq1-s", "iq1-m", "iq2-xxs", "iq2-xs", "iq2-s", "iq3-xxs", "iq3-s")}
+    assert all("gguf package" in text for text in said.values())
 
 
 def test_a_library_that_fails_to_import_keeps_its_reason(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
-"""GGUF block types, all of those that gguf (>= 0.17, MIT) can read: made, restored and multiplied.
+"""GGUF block types, all of those that llama.cpp and the gguf package know: made, restored and multiplied.
 
 A row of K values is K / `block` blocks of `nbytes` bytes (`types`); `qdata` is the file's own bytes, (N, bytes a row)
 uint8, so rows can be cut and reordered without touching a value.
 
 On the CPU ggml's C library does the work where it is installed (`ggml`, `products`; PyPI libggml-python, MIT), else and
 on other devices torch operations do (`eager`), and on CUDA Triton kernels where they can run. All give the same float32
-values, bit for bit. Without the library only the types that gguf's numpy code can quantize are made.
+values, bit for bit. So files are read with torch alone. Without the library, weights are made by gguf's numpy code, of
+the types that it has; the grids of the IQ types, which torch operations need, stand in that package too.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +23,7 @@ from ...kernels import triton_gguf
 from ...kernels.choose import expanding
 from ...kernels.expand import Expansion, dequantized
 from ...weight import QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import probe_package, probe_version
 from . import eager
 from .choose import few_tokens, library_or_reason
 from .types import TYPES, type_name
@@ -29,8 +31,9 @@ from .types import TYPES, type_name
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
-INSTALL = "Run `pip install gguf`, or choose a bnb or quanto format."
-INSTALL_GGML = "run `pip install libggml-python`"
+LIBRARY = "libggml-python"
+OTHERS = "Choose a bnb or quanto format."
+INSTALL = "Run `pip install libggml-python`, or choose a bnb or quanto format."
 # Types that gguf's own numpy code quantizes; the bytes are those of ggml.
 NUMPY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 SLAB_NUMEL = 1 << 24  # values in float32 at a time while quantizing: 64 MiB
@@ -55,16 +58,25 @@ class Gguf(Quantizer):
         self.kind = TYPES[self.type_name]
 
     def probe(self) -> Availability:
-        # ggml takes seconds to make the tables of the IQ types, so their sample is a block of zeros, valid in each.
-        sample = self._zeros if self.type_name.startswith("IQ") or self._cannot_make() else None
-        return probe_package(self, "gguf", (0, 17), INSTALL, sample)
+        library, reason = library_or_reason(torch.device("cpu"))
+        if library is not None:
+            # ggml takes seconds to make the tables of the IQ types: their sample is a block of zeros, valid in each.
+            sample = self._zeros if self.type_name.startswith("IQ") else None
+            return probe_version(self, library.version, OTHERS, sample, LIBRARY)
+        if self.type_name in NUMPY_TYPES and importlib.util.find_spec("gguf") is not None:
+            return probe_package(self, "gguf", (0, 17), INSTALL)
+        remedy = INSTALL.replace("install", "install --upgrade") if "too old" in reason else INSTALL
+        return Availability(False, f"{reason}.", remedy)
+
+    def probe_reading(self) -> Availability:
+        return probe_version(self, str(torch.__version__), OTHERS, self._zeros, "torch")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
         if t.shape[1] % self.kind.block:
             return f"K={t.shape[1]} is not a multiple of block size {self.kind.block}"
-        return self._cannot_make() or None
+        return None
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         return t.numel // self.kind.block * self.kind.nbytes
@@ -136,12 +148,6 @@ class Gguf(Quantizer):
                 packed = _numpy_quantize(slab, self.type_name)
             qdata[start : start + step] = packed
         return QuantizedWeight(self.format_id, {"qdata": qdata.to(w.device)}, tuple(w.shape), w.dtype)
-
-    def _cannot_make(self) -> str:
-        if self.type_name in NUMPY_TYPES:
-            return ""
-        library, reason = library_or_reason(torch.device("cpu"))
-        return "" if library else f"making {self.type_name} needs ggml's C library ({reason}); {INSTALL_GGML}"
 
     def _zeros(self) -> QuantizedWeight:
         qdata = torch.zeros(2, self.kind.nbytes, dtype=torch.uint8)

@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import platform
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from ...errors import SpecError, WeightError
 from .types import TYPES, GgmlType
 
 PACKAGE = "libggml-python"
+MINIMUM = (0, 20)
 # Larger weights are no weights: most types' float16 scales end before, and the IQ types end the process (from 1e15 on).
 LARGEST = 1e9
 # NVFP4 in GGUF has float8 scales up to 448, values up to 6, and no scale of the whole tensor: larger ones are cut off.
@@ -63,7 +65,7 @@ class Ggml:
     """
 
     def __init__(self) -> None:
-        self.version = importlib.metadata.version(PACKAGE)
+        self.version = _version()
         base = _open("ggml-base")
         base.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
         base.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -194,6 +196,16 @@ def library() -> Ggml:
         SpecError: its types are laid out otherwise.
     """
     return Ggml()
+
+
+def _version() -> str:
+    try:
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{PACKAGE} is not installed") from None
+    if tuple(map(int, re.findall(r"\d+", version)[: len(MINIMUM)])) < MINIMUM:
+        raise ImportError(f"{PACKAGE} {version} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed")
+    return version
 
 
 def _open(name: str) -> ctypes.CDLL:

@@ -43,7 +43,7 @@ def refusal(device: torch.device, dtype: torch.dtype, type_name: str, shape: tup
 def device_refusal(kind: str, index: int | None, dtype: torch.dtype) -> str:
     """The part of `refusal` that asks the machine."""
     if kind == "cpu" and interpreted():
-        return _missing()
+        return _failing(kind, index)
     if kind != "cuda":
         return f"the Triton kernels run on CUDA devices, not on {kind}"
     if torch.version.hip:
@@ -53,7 +53,7 @@ def device_refusal(kind: str, index: int | None, dtype: torch.dtype) -> str:
         return f"the Triton kernels need compute capability 7.5, and this GPU has {found[0]}.{found[1]}"
     if dtype is torch.bfloat16 and found < TENSOR_CORES:
         return f"bfloat16 needs compute capability 8.0, and this GPU has {found[0]}.{found[1]}"
-    return _missing()
+    return _failing(kind, index)
 
 
 # torch.compile takes the answer as a constant. `torch.compiler.assume_constant_result` sets the same, and imports
@@ -67,11 +67,18 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 @functools.cache
-def _missing() -> str:
+def _failing(kind: str, index: int | None) -> str:
+    """Why one block cannot be dequantized there. Triton compiles as it runs, and needs a C compiler for it on Linux."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch for CUDA brings it on Linux, `pip install triton-windows` on Windows"
     try:
-        from . import kernels  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from . import launch
+
+        device = torch.device(kind if index is None else f"{kind}:{index}")
+        block = torch.zeros(1, BLOCKS["Q8_0"].nbytes, dtype=torch.uint8, device=device)
+        launch.dequantize(block, "Q8_0", torch.empty(1, BLOCKS["Q8_0"].size, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as err:  # an availability probe: whatever a foreign Triton raises is the reason
-        return f"Triton cannot be used: {type(err).__name__}: {err}"
+        return f"Triton cannot run a kernel here: {type(err).__name__}: {err}"
     return ""

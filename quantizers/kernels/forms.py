@@ -1,4 +1,4 @@
-"""The forms in which weights are stored, each as an `Expansion`: int8 rows, packed 4-bit groups, float8, GGUF blocks.
+"""The forms in which weights are stored, each as an `Expansion`: int8 rows, packed 4-bit groups, float8.
 
 Groups lie along K. Scales multiply; a `shift` is added after them: `value * scale + shift`.
 """
@@ -121,34 +121,6 @@ def halves(packed: Tensor, bits: int, shape: tuple[int, int], scale: Tensor, shi
         _scale(out, scale, shift, start, stop)
 
     return Expansion((n, k), packed.device, fill)
-
-
-def q8_0(qdata: Tensor, k: int) -> Expansion:
-    """GGUF Q8_0: (N, K / 32 * 34) uint8; a block is a float16 scale and 32 int8."""
-    blocks = qdata.view(qdata.shape[0], -1, 34)
-
-    def fill(out: Tensor, start: int, stop: int) -> None:
-        part = blocks[start:stop]
-        d = part[..., :2].contiguous().view(torch.float16).to(torch.float32)
-        out.view(stop - start, -1, 32).copy_(part[..., 2:].view(torch.int8)).mul_(d)
-
-    return Expansion((qdata.shape[0], k), qdata.device, fill)
-
-
-def q4_0(qdata: Tensor, k: int) -> Expansion:
-    """GGUF Q4_0: (N, K / 32 * 18) uint8; a block is a float16 scale and 16 bytes, low halves first."""
-    blocks = qdata.view(qdata.shape[0], -1, 18)
-
-    def fill(out: Tensor, start: int, stop: int) -> None:
-        part = blocks[start:stop]
-        d = part[..., :2].contiguous().view(torch.float16).to(torch.float32)
-        half = scratch("q4_0", (stop - start, blocks.shape[1], 16), torch.uint8, qdata.device)
-        blocked = out.view(stop - start, -1, 32)
-        blocked[..., :16].copy_(torch.bitwise_and(part[..., 2:], 15, out=half))
-        blocked[..., 16:].copy_(torch.bitwise_right_shift(part[..., 2:], 4, out=half))
-        blocked.sub_(8).mul_(d)
-
-    return Expansion((qdata.shape[0], k), qdata.device, fill)
 
 
 def _scale(out: Tensor, scale: Tensor, shift: Tensor | None, start: int, stop: int) -> None:

@@ -6,6 +6,7 @@ FLUX in more block types, with a LoRA, stands in test_matrix.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,15 @@ def test_kept_weights_are_within_the_budget_and_go_with_the_model(comfyui: Any) 
     facts = [json.loads(comfyui.run(graph)[name]["text"][0])["kept_nbytes"] for name in ("tell", "told")]
     assert 4 << 20 < max(facts) <= 6 << 20
     assert min(facts) == 0
+
+
+def test_a_link_in_the_model_folder_is_followed_and_a_way_out_of_it_is_not(comfyui: Any, tmp_path: Path) -> None:
+    folder = comfyui.base / "models" / "diffusion_models"
+    kept = tmp_path / "other_disk.gguf"
+    kept.write_bytes((folder / "digits_flux-Q8_0.gguf").read_bytes())
+    (folder / "linked.gguf").symlink_to(kept)
+    loader = {"model": node("LoadGGUF", gguf_name="linked.gguf")}
+    assert comfyui.run(sampled(("model", 0), loader))["model"]["report"][0]["format_id"] == "gguf-q8-0"
+    outside = os.path.relpath(kept, folder)
+    with pytest.raises(AssertionError, match="is not in"):
+        comfyui.queue(sampled(("model", 0), {"model": node("LoadGGUF", gguf_name=outside)}))

@@ -1,4 +1,4 @@
-"""Command line: `quantwire run`, `quantwire convert`, `quantwire formats`, `quantwire help`.
+"""Command line: `quantwire run`, `quantwire convert`, `quantwire imatrix`, `quantwire formats`, `quantwire help`.
 
 Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
 one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .commands import convert, imatrix
+from .commands.paths import require_writable
 from .quantizers.errors import FileError, OffloadConflict, QuantwireError
 
 if TYPE_CHECKING:
@@ -87,11 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on a ComfyUI server, such as http://127.0.0.1:8188")
     run.set_defaults(handler=_run)
 
-    convert = commands.add_parser("convert", parents=[common], help="quantize a model file into a GGUF file")
-    convert.add_argument("source", type=Path, metavar="IN.safetensors")
-    convert.add_argument("target", type=Path, metavar="OUT.gguf")
-    convert.add_argument("--type", required=True, metavar="TYPE", help="GGUF type, such as Q8_0 or Q4_0")
-    convert.set_defaults(handler=_convert)
+    convert.add_parser(commands, common)
+    imatrix.add_parser(commands, common)
 
     formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
     formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")
@@ -111,19 +110,12 @@ def _version() -> str:
         return "(not installed as a package)"
 
 
-def _require_writable(folder: Path, option: str) -> None:
-    """Find out before the work, not after it, that results cannot be written."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise FileError(f"{option}: cannot write in '{folder}' ('{existing}' is not a writable folder).")
-
-
 def _run(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from .hosts.standalone.progress import Interrupted
 
-    _require_writable(args.out, "--out")
+    require_writable(args.out, "--out")
     if args.json is not None:
-        _require_writable(args.json.parent, "--json")
+        require_writable(args.json.parent, "--json")
     try:
         prompt, result = _run_on_server(args) if args.server is not None else _run_here(args)
     except Interrupted:
@@ -167,29 +159,6 @@ def _run_here(args: argparse.Namespace) -> tuple[Prompt, RunResult | RemoteResul
     with use(StandaloneHost(args.models, args.out)):
         prompt = apply_overrides(load_workflow(args.workflow), args.overrides, classes)
         return prompt, Executor(classes, TqdmListener()).run(prompt)
-
-
-def _convert(args: argparse.Namespace, _: dict[str, Any]) -> int:
-    from tqdm import tqdm
-
-    from .quantizers.files.checkpoint import read_safetensors
-    from .quantizers.files.gguf_writer import write_gguf
-    from .quantizers.spec import QuantSpec
-
-    if args.target.suffix != ".gguf":
-        raise FileError(f"'{args.target.name}': the target of this version's convert is a .gguf file.")
-    spec = QuantSpec.from_uri(f"gguf;type={args.type.lower()}")
-
-    def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return tqdm(items, total=total, unit="tensor", disable=None)
-
-    tensors: Any = read_safetensors(args.source).tensors
-    try:
-        report = write_gguf(args.target, tensors, spec, bar)
-    except OSError as err:
-        raise FileError(f"{args.target}: cannot be written: {err.strerror or err}.") from err
-    print(report)
-    return OK
 
 
 def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .convert import ConvertModel
+from .imatrix import RecordImatrix, SaveImatrix
 from .load import LoadAndQuantize, LoadGGUF
+from .load_text import LoadGGUFTextEncoder
 from .offload import OffloadCompat
 from .quantize import QuantConfig, QuantizeControlNet, QuantizeModel, QuantizeTextEncoder, QuantRules
 
@@ -13,8 +16,12 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QuantConfig": QuantConfig,
     "QuantRules": QuantRules,
     "LoadGGUF": LoadGGUF,
+    "LoadGGUFTextEncoder": LoadGGUFTextEncoder,
     "LoadAndQuantize": LoadAndQuantize,
     "OffloadCompat": OffloadCompat,
+    "ConvertModel": ConvertModel,
+    "RecordImatrix": RecordImatrix,
+    "SaveImatrix": SaveImatrix,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -24,6 +31,10 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "QuantConfig": "Quantization Config",
     "QuantRules": "Quantization Rules",
     "LoadGGUF": "Load GGUF",
+    "LoadGGUFTextEncoder": "Load GGUF Text Encoder",
     "LoadAndQuantize": "Load and Quantize",
     "OffloadCompat": "Offload Compatibility",
+    "ConvertModel": "Convert Model",
+    "RecordImatrix": "Record Importance Matrix",
+    "SaveImatrix": "Save Importance Matrix",
 }

@@ -137,7 +137,7 @@ def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> Q
     family = find_family(s.meta for s in slots)
     asked = {name for name in layers if name in hits or any(matches(p, name) for p in spec.include)}
     fixed = {layer_name(s.meta.name) for s in slots if s.stays}
-    kept, notes = _built_in(family, layers, asked | fixed)
+    kept, notes = built_in(family, layers, asked | fixed)
     base = _without_patterns(spec)
     specs = {spec.format_id: base}
     decisions: list[Decision] = []
@@ -166,7 +166,7 @@ def _without_patterns(spec: QuantSpec) -> QuantSpec:
     return QuantSpec(spec.format_id, options=spec.options) if spec.include or spec.exclude or spec.rules else spec
 
 
-def _built_in(
+def built_in(
     family: Family, layers: Mapping[str, TensorMeta], decided: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Reasons of the layers that stay by the family's rules, and what to say of those that are too large to.

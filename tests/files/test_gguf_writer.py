@@ -35,6 +35,8 @@ def flux(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "img_in.weight": whole_numbers(64, 16, step=17),
         "double_blocks.0.img_attn.qkv.bias": whole_numbers(96, step=7),
         "double_blocks.0.img_attn.norm.query_norm.scale": whole_numbers(8, step=3),
+        "txt_in.weight": whole_numbers(64, 16, step=13),
+        "final_layer.linear.weight": whole_numbers(16, 64, step=11),
     }
     return {name: t.to(dtype) for name, t in tensors.items()}
 
@@ -46,8 +48,8 @@ def only_file(folder: Path) -> str:
 
 # sha256 of the whole file. It may change only with the layout of the files, never with a version of a library.
 GOLDEN = {
-    "gguf-q8-0": "bdc2a2b0b664823606bd13b7f6d18847e19a826c76872b6b579fa76bb61e1323",
-    "gguf-q4-0": "2a270e20a8fef6a48173e80a17cf7133ff4ff626b4318db109e19c5e3b029857",
+    "gguf-q8-0": "95ea987e5769e173ad6a7b6e10f8b31a870bc4aa7f781166344d786ac316628a",
+    "gguf-q4-0": "e2d3df12302a1fc560e17c87bb2a972df4b79f06edcb622576d14cf2c5110392",
 }
 
 
@@ -77,7 +79,8 @@ def test_read_back(tmp_path: Path, format_id: str, dtype: torch.dtype) -> None:
             assert torch.equal(got.tensors["qdata"], expected.tensors["qdata"])
         else:
             assert isinstance(got, Tensor)
-            assert got.dtype == (torch.bfloat16 if tensor.ndim == 2 else torch.float32)
+            matrix = torch.float16 if dtype is torch.float16 else torch.bfloat16  # float16 does not fit into bfloat16
+            assert got.dtype == (matrix if tensor.ndim == 2 else torch.float32)
             assert torch.equal(got, tensor.to(got.dtype))
     assert [e.name for e in report.entries] == list(source)
     assert report.nbytes_in == sum(t.nbytes for t in source.values())
@@ -152,12 +155,6 @@ def nan_in(name: str) -> dict[str, Tensor]:
             id="nan-in-the-last-vector",
         ),
         pytest.param(
-            flux() | {MLP: whole_numbers(8, 40, step=3)},
-            SpecError,
-            f"'{MLP}': gguf-q8-0: K=40 is not a multiple of block size 32.",
-            id="row-length",
-        ),
-        pytest.param(
             flux() | {MLP: torch.zeros(8, 32, dtype=torch.float8_e4m3fn)},
             WeightError,
             f"'{MLP}': dtype is torch.float8_e4m3fn, expected float32, float16 or bfloat16.",
@@ -166,10 +163,10 @@ def nan_in(name: str) -> dict[str, Tensor]:
         pytest.param(
             {"other.weight": torch.zeros(32, 32)},
             FileError,
-            "No GGUF architecture is known for these tensors (other.weight, ...).",
+            "No known diffusion model or text encoder: 1 tensors,",
             id="unknown-architecture",
         ),
-        pytest.param({}, FileError, "No GGUF architecture is known for these tensors (no tensors, ...)", id="empty"),
+        pytest.param({}, FileError, "The file holds no tensors.", id="empty"),
     ],
 )
 def test_a_failed_conversion_leaves_the_old_file(
@@ -184,10 +181,10 @@ def test_a_failed_conversion_leaves_the_old_file(
     assert only_file(tmp_path) == "a.gguf"
 
 
-@pytest.mark.parametrize("done", [0, 2, 5])
+@pytest.mark.parametrize("done", [0, 300, 900])
 def test_an_interruption_leaves_the_old_file(tmp_path: Path, done: int) -> None:
     def interrupted(items: Sequence[T], total: int) -> Iterable[T]:
-        assert total == len(items) == 5
+        assert total == len(items) == 1000
         yield from items[:done]
         raise KeyboardInterrupt
 
@@ -207,7 +204,7 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"^A GGUF file cannot hold bnb-nf4, only gguf-q8-0, gguf-q4-0\."):
+    with pytest.raises(SpecError, match=r"^A GGUF file cannot hold bnb-nf4, only .*gguf-q8-0, "):
         write_gguf(tmp_path / "a.gguf", flux(), QuantSpec("bnb-nf4"))
 
 

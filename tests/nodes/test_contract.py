@@ -35,8 +35,12 @@ def test_ids_are_permanent() -> None:
         "QuantConfig",
         "QuantRules",
         "LoadGGUF",
+        "LoadGGUFTextEncoder",
         "LoadAndQuantize",
         "OffloadCompat",
+        "ConvertModel",
+        "RecordImatrix",
+        "SaveImatrix",
     ]
     assert set(NODE_DISPLAY_NAME_MAPPINGS) == set(NODE_CLASS_MAPPINGS)
 

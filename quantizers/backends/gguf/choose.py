@@ -17,9 +17,9 @@ from .ggml import Ggml, library
 from .products import Products
 from .types import GgmlType
 
-# Tokens up to which ggml's product is faster than expanding the weight.
-FEW_TOKENS: dict[str, int] = {}
-FEW_TOKENS_OTHERS = 16
+# Tokens up to which ggml's product is faster than expanding the weight: fewer where expanding is fast.
+FEW_TOKENS = {"Q4_0": 8, "Q4_1": 8, "Q8_0": 12, "Q4_K": 12, "Q5_K": 12, "NVFP4": 16}
+FEW_TOKENS_OTHERS = 24
 
 
 def library_or_reason(device: torch.device) -> tuple[Ggml | None, str]:

@@ -121,11 +121,11 @@ class Ggml:
         out = torch.empty(n, k // kind.block * kind.nbytes, dtype=torch.uint8)
         if not values.numel():
             return out
-        known = largest is not None and largest <= LARGEST
+        limit = LARGEST_OF.get(kind.name, LARGEST)
+        known = largest is not None and largest <= limit
         low, high = (0.0, 0.0) if known else (float(v) for v in torch.aminmax(values))
         # Written so that nan is refused too.
-        largest = LARGEST_OF.get(kind.name, LARGEST)
-        if not (low >= -largest and high <= largest):
+        if not (low >= -limit and high <= limit):
             raise WeightError(f"values from {low:.3g} to {high:.3g} exceed what {kind.name} can hold.")
         weights = _checked_importance(importance, k, kind)
         self.base_library.ggml_quantize_init(kind.number)  # tables are made once; not from several threads at a time

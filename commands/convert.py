@@ -1,0 +1,85 @@
+"""`quantwire convert IN OUT --type TYPE`: model files into GGUF and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..quantizers.errors import FileError
+from .paths import require_writable
+
+OK = 0
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="convert a model file: full precision or GGUF to GGUF, GGUF to safetensors",
+        description=(
+            "Convert a model file. IN is a safetensors file, a *.safetensors.index.json, a folder of diffusers, or a "
+            ".gguf file; OUT ends in .gguf or .safetensors. An interrupted conversion continues when it is run again."
+        ),
+    )
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    parser.add_argument(
+        "--type", required=True, metavar="TYPE",
+        help="GGUF: Q4_K_M, Q8_0, IQ4_XS, BF16, ... or gguf-q4-k for one type without upgrades; "
+        "safetensors: F32, F16, BF16, or a comfy format such as comfy-fp8-e4m3fn",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="show what every group of tensors becomes, and the size")
+    parser.add_argument(
+        "--rules", type=Path, metavar="FILE", help="types of single layers, a line each: PATTERN = TYPE"
+    )
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN", help="layers to keep at full precision; repeatable"
+    )
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix of llama.cpp or of this pack")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one for each core")
+    parser.add_argument("--arch", default="", metavar="NAME", help="general.architecture, in place of the detected one")
+    parser.add_argument("--measure", action="store_true", help="measure every value's error, not one row in 16")
+    parser.add_argument("--json", type=Path, metavar="REPORT", help="write a machine-readable report")
+    parser.set_defaults(handler=handle)
+
+
+def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    from ..quantizers.files.convert_plan import Request
+    from ..quantizers.files.converting import convert, describe
+    from ..quantizers.rules import parse_rules
+
+    if args.threads < 0:
+        raise FileError(f"--threads: {args.threads} is not a number of threads.")
+    require_writable(args.target.parent, "OUT")
+    if args.json is not None:
+        require_writable(args.json.parent, "--json")
+    rules = parse_rules(_read(args.rules)) if args.rules is not None else ()
+    request = Request(
+        args.source, args.target, args.type, rules, tuple(args.keep), (), args.imatrix, args.arch, args.overwrite,
+        args.threads, args.measure,
+    )  # fmt: skip
+    if args.dry_run:
+        plan = describe(request)
+        report |= {"plan": plan.to_dict()}
+        print(plan)
+        return OK
+    from tqdm import tqdm
+
+    def bar(total: int) -> Any:
+        return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+
+    done = convert(request, bar)
+    report |= {"report": done.to_dict()}
+    print(done)
+    return OK
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise FileError(f"--rules: {path} cannot be read: {err.strerror}.") from err
+    except UnicodeDecodeError as err:
+        raise FileError(f"--rules: {path} is not a text file.") from err

@@ -1,0 +1,379 @@
+"""Decide a conversion from the headers alone: the type of every tensor, its place in the new file, what to tell.
+
+Nothing is written here and no value is read, so that `--dry-run` can show all of it, with the size to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..apply import FLOAT_DTYPES
+from ..backends.gguf.types import TYPES, format_id
+from ..errors import FileError, SpecError, WeightError
+from ..registry import require
+from ..report import MIB
+from ..rules import Rule
+from ..weight import TensorMeta
+from .architectures import PREFIXES, Found, comfyui_targets, detect, gguf_targets
+from .gguf_layout import QUANTIZATION_VERSION, Place, general_keys, layout, number, raw_keys, text, total_nbytes
+from .imatrix import Imatrix, read_imatrix
+from .layouts.target import Target
+from .quantized_file import NAMES
+from .recipes import FLOATS, Choice, Recipe, choose, find_recipe, nbytes
+from .sources import GgufSource, Source, open_source
+from .text_keys import text_keys
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGUF, SAFETENSORS = ".gguf", ".safetensors"
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert.
+
+    Attributes:
+        source: a file, a `*.safetensors.index.json`, or a diffusers folder.
+        target: its suffix, .gguf or .safetensors, says what it becomes.
+        type: a recipe (`Q4_K_M`), a format id (`gguf-q4-k`), or for safetensors F32, F16 or BF16.
+        rules, exclude, include: for single layers, as in `QuantSpec`; rules may name ggml types.
+        imatrix: file of an importance matrix.
+        architecture: in place of what the tensors say.
+        overwrite: replace a target that is there.
+        threads: 0 is one for each core.
+        measure: compare every value with its quantized form, not one row in 16.
+    """
+
+    source: Path
+    target: Path
+    type: str
+    rules: tuple[Rule, ...] = ()
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    imatrix: Path | None = None
+    architecture: str = ""
+    overwrite: bool = False
+    threads: int = 0
+    measure: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A request, decided.
+
+    Attributes:
+        choices: one a tensor of the new file, in its order.
+        head: bytes before the data.
+        places: of the tensors, in the same order.
+        total: bytes of the file.
+        notes, warnings: for the report.
+    """
+
+    request: Request
+    source: Source
+    found: Found
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    head: bytes
+    places: tuple[Place, ...]
+    total: int
+    imatrix: Imatrix | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    resumable: bool = True
+
+
+def plan_conversion(request: Request) -> Conversion:
+    """Decide everything from the headers; nothing is written and no value is read.
+
+    Raises:
+        FileError: a source or target that cannot be, an unknown architecture, or a target that is there already.
+        SpecError: an unknown type or pattern, or a tensor that cannot be as asked.
+        BackendUnavailable: a library that the type needs is missing.
+    """
+    refuse_target(request)
+    recipe = find_recipe(request.type)
+    if request.target.suffix.lower() == SAFETENSORS and recipe.name not in FLOATS:
+        raise SpecError(
+            f"A safetensors file cannot hold the GGUF type {recipe.name}.\n"
+            f"Use {', '.join(FLOATS)} or a comfy format for {SAFETENSORS}, or name the target *{GGUF}."
+        )
+    source = open_source(request.source)
+    if any(_same(request.target, file) for file in source.files):
+        raise FileError(f"'{request.target}' is the source itself.\nGive the new file another name.")
+    return plan_tensors(request, source, recipe)
+
+
+def refuse_target(request: Request) -> None:
+    """Refuse a target that cannot be, or that is there and may not be replaced."""
+    kind = request.target.suffix.lower()
+    if kind not in (GGUF, SAFETENSORS):
+        raise FileError(
+            f"'{request.target.name}': the target is a {GGUF} or {SAFETENSORS} file, got '{kind or 'no suffix'}'."
+        )
+    if request.target.is_dir():
+        raise FileError(f"{request.target}: is a folder.\nGive the name of a file.")
+    if _same(request.source, request.target):
+        raise FileError(f"'{request.target}' is the source itself.\nGive the new file another name.")
+    if request.target.exists() and not request.overwrite:
+        raise FileError(f"{request.target}: is there already.\nUse --overwrite to replace it, or give another name.")
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def plan_tensors(request: Request, source: Source, recipe: Recipe, extra: Sequence[bytes] = ()) -> Conversion:
+    """`plan_conversion` for an open source.
+
+    Args:
+        extra: GGUF keys of the caller's in place of `quantwire.recipe`.
+    """
+    gguf = request.target.suffix.lower() == GGUF
+    metas, dropped = floats(source)
+    found = find_model(request, metas)
+    targets = gguf_targets(found, metas) if gguf else comfyui_targets(found, metas)
+    refuse_dtypes(source, targets)
+    imatrix = read_imatrix(request.imatrix) if request.imatrix is not None else None
+    importance = None if imatrix is None else {t.name for t in targets if imatrix.find(t.name) is not None}
+    choices, notes = choose(found, targets, recipe, request.rules, request.exclude, request.include, importance)
+    if not gguf:
+        choices = [c if c.change == "rule" else dataclasses.replace(c, kind=recipe.base) for c in choices]
+    for kind in dict.fromkeys(c.kind for c in choices if c.kind in TYPES):
+        require(format_id(kind))
+    _check_importance(request, imatrix, choices)
+    tensors = [(c.target.name, c.kind, c.target.shape) for c in choices]
+    if gguf:
+        head, places = layout([*_keys(request, source, found, recipe, extra)], tensors)
+        total = total_nbytes(head, places)
+    else:
+        head, places = safetensors_layout(tensors, metadata_strings(source))
+        total = max((p.start + p.nbytes for p in places), default=len(head))
+    more_notes, warnings = _remarks(request, source, found, choices, dropped, importance, imatrix)
+    return Conversion(
+        request, source, found, recipe, tuple(choices), head, tuple(places), total, imatrix,
+        (*notes, *more_notes), tuple(warnings), resumable=bool(source.files),
+    )  # fmt: skip
+
+
+def refuse_dtypes(source: Source, targets: Sequence[Target]) -> None:
+    """Raises:
+    WeightError: values that are neither blocks nor float32, float16 or bfloat16.
+    """
+    for meta in (source.metas[p.source] for t in targets for p in t.pieces):
+        if meta.dtype not in FLOAT_DTYPES:
+            raise WeightError(
+                f"'{meta.name}': dtype is {meta.dtype}, expected float32, float16 or bfloat16.\n"
+                "Convert the full-precision file."
+            )
+
+
+def find_model(request: Request, metas: Mapping[str, TensorMeta]) -> Found:
+    """What the tensors say, or the user.
+
+    Raises:
+        FileError: what `detect` raises, where the user names no architecture.
+    """
+    if not request.architecture:
+        return detect(metas)
+    try:
+        return dataclasses.replace(detect(metas), architecture=request.architecture)
+    except FileError:
+        prefix = next((p for p in PREFIXES if p and any(n.startswith(p) for n in metas)), "")
+        return Found(request.architecture, "diffusion model", "comfyui", prefix, ("--arch",))
+
+
+def floats(source: Source) -> tuple[dict[str, TensorMeta], list[str]]:
+    """The tensors to convert, and the names of integer buffers (positions, counters), which no loader reads."""
+    dropped = [n for n, m in source.metas.items() if not m.dtype.is_floating_point and _is_buffer(n, m.shape)]
+    return {n: m for n, m in source.metas.items() if n not in set(dropped)}, dropped
+
+
+def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    return not name.endswith((".weight", ".bias")) and (len(shape) < 2 or name.endswith("_ids"))
+
+
+def _keys(request: Request, source: Source, found: Found, recipe: Recipe, extra: Sequence[bytes]) -> Iterator[bytes]:
+    yield text("general.architecture", found.architecture)
+    yield number("general.quantization_version", QUANTIZATION_VERSION)
+    yield number("general.file_type", recipe.file_type)
+    if isinstance(source, GgufSource):
+        yield from raw_keys(source.path)
+    else:
+        yield from general_keys(source.strings)
+        yield from text_keys(found, source)
+    if extra:
+        yield from extra
+        return
+    yield text("quantwire.recipe", recipe.name)
+    asked = [*(f"{p} = keep" for p in request.exclude), *map(str, request.rules)]
+    if asked:
+        yield text("quantwire.rules", "\n".join(asked))
+
+
+def metadata_strings(source: Source) -> dict[str, str]:
+    """`__metadata__` of a safetensors file; of a GGUF source its general keys by the names they have there."""
+    known = {"general.name": "modelspec.title", "general.author": "modelspec.author"}
+    known |= {"general.license": "modelspec.license", "general.description": "modelspec.description"}
+    if isinstance(source, GgufSource):
+        kept = {known[k]: v for k, v in source.strings.items() if k in known}
+    else:
+        kept = dict(source.strings)
+    return {"format": "pt", **kept}
+
+
+def safetensors_layout(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Place]]:
+    """The header of a safetensors file and the places of its tensors, the largest dtypes first."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
+    at = 0
+    for name, kind, shape in sorted(tensors, key=lambda t: -DTYPES[t[1]].itemsize):
+        size = nbytes(kind, shape)
+        entries[name] = {"dtype": NAMES[DTYPES[kind]], "shape": list(shape), "data_offsets": [at, at + size]}
+        starts[name] = at
+        at += size
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % 64)
+    head = struct.pack("<Q", len(raw)) + raw
+    return head, [Place(n, k, s, len(head) + starts[n], nbytes(k, s)) for n, k, s in tensors]
+
+
+def _check_importance(request: Request, imatrix: Imatrix | None, choices: Sequence[Choice]) -> None:
+    """Refuse a matrix of another model."""
+    if imatrix is None or request.imatrix is None:
+        return
+    quantized = [c.target for c in choices if c.kind in TYPES]
+    name = request.imatrix.name
+    if quantized and not any(imatrix.find(t.name) is not None for t in quantized):
+        here, there = quantized[0].name, next(iter(imatrix.entries))
+        raise FileError(
+            f"{name}: belongs to another model: none of its {len(imatrix.entries)} names (such as '{there}') is one of "
+            f"the {len(quantized)} tensors to quantize (such as '{here}').\nRecord one with this model."
+        )
+    for t in quantized:
+        found = imatrix.find(t.name)
+        if found is not None and tuple(found.shape) != (t.shape[-1],):
+            raise FileError(
+                f"{name}: belongs to another model: '{t.name}' has {tuple(found.shape)} values there and "
+                f"{t.shape[-1]} columns here."
+            )
+
+
+def _remarks(
+    request: Request,
+    source: Source,
+    found: Found,
+    choices: Sequence[Choice],
+    dropped: Sequence[str],
+    importance: set[str] | None,
+    imatrix: Imatrix | None,
+) -> tuple[list[str], list[str]]:
+    """(notes, warnings) of a plan."""
+    notes = [f"{found.component} {found.architecture}, {found.layout} layout"]
+    warnings: list[str] = []
+    upgraded = [c for c in choices if c.change == "upgrade"]
+    if upgraded:
+        kinds = Counter((c.reason, c.kind) for c in upgraded)
+        notes.append("upgrades: " + ", ".join(f"{n} x {why} in {kind}" for (why, kind), n in kinds.items()))
+    fallbacks = [c for c in choices if c.change == "fallback"]
+    if fallbacks:
+        shown = ", ".join(f"{c.target.name} in {c.kind}" for c in fallbacks[:SHOWN])
+        more = f" and {len(fallbacks) - SHOWN} more" if len(fallbacks) > SHOWN else ""
+        warnings.append(f"{len(fallbacks)} tensors fall back to another type: {shown}{more}: {fallbacks[0].reason}")
+    again = [c for c in choices if c.kind in TYPES and _requantized(source, c)]
+    if again:
+        was = Counter(source.kinds[p.source] for c in again for p in c.target.pieces if p.source in source.kinds)
+        warnings.append(
+            f"{len(again)} tensors are quantized a second time (from {', '.join(was)}), which adds both errors; "
+            "convert the full-precision file where there is one"
+        )
+    if importance is not None and imatrix is not None:
+        bare = [c.target.name for c in choices if c.kind in TYPES and c.target.name not in importance]
+        if bare:
+            more = f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else ""
+            warnings.append(f"{len(bare)} tensors have no importance: {', '.join(bare[:SHOWN])}{more}")
+        strange = [n for n in imatrix.entries if n not in importance]
+        if strange:
+            warnings.append(f"{len(strange)} names of the importance matrix are not in the model, such as {strange[0]}")
+    used = {p.source for c in choices for p in c.target.pieces}
+    others = [n for n in source.metas if n not in used and n not in set(dropped)]
+    if others:
+        notes.append(f"left out: {len(others)} tensors that are no part of this model, such as {others[0]}")
+    if dropped:
+        notes.append(f"left out: {len(dropped)} integer buffers, such as {dropped[0]}")
+    long = [c.target.name for c in choices if len(c.target.name.encode()) > 63]
+    if long and request.target.suffix.lower() == GGUF:
+        notes.append(
+            f"{len(long)} names are longer than the 63 bytes that llama.cpp's own tools read, such as {long[0]}; "
+            "ComfyUI-GGUF, diffusers and this pack read them"
+        )
+    return notes, warnings
+
+
+def _requantized(source: Source, c: Choice) -> bool:
+    return any(source.kinds.get(p.source, c.kind) != c.kind for p in c.target.pieces)
+
+
+def dry_run(conversion: Conversion) -> str:
+    """What becomes of each group of tensors, and the size of the file."""
+    rows: dict[tuple[str, str], list[Choice]] = {}
+    for c in conversion.choices:
+        rows.setdefault((c.kind, c.reason), []).append(c)
+    lines = [f"{conversion.request.target.name}: {conversion.recipe.name} of {conversion.source.label}"]
+    lines += [f"{'type':8} {'tensors':>7} {'MiB':>9}  why (first of them)"]
+    ordered = sorted(rows.items(), key=lambda item: -sum(c.nbytes for c in item[1]))
+    for (kind, reason), group in ordered:
+        size = sum(c.nbytes for c in group) / MIB
+        change = f"{group[0].change}: " if group[0].change in ("upgrade", "fallback") else ""
+        lines.append(f"{kind:8} {len(group):7} {size:9.2f}  {change}{reason} ({group[0].target.name})")
+    numel = sum(math.prod(c.target.shape) for c in conversion.choices)
+    before = sum(source_nbytes(conversion.source, c.target) for c in conversion.choices)
+    bits = 8 * sum(c.nbytes for c in conversion.choices) / max(numel, 1)
+    lines.append(
+        f"total {before / MIB:.2f} -> {conversion.total / MIB:.2f} MiB ({conversion.total} bytes), "
+        f"{bits:.2f} bits a weight; nothing was written"
+    )
+    return "\n".join([*lines, *conversion.notes, *(f"WARNING: {w}" for w in conversion.warnings)])
+
+
+def dry_run_json(conversion: Conversion) -> dict[str, Any]:
+    """The plan as JSON values."""
+    tensors = [
+        {"name": c.target.name, "type": c.kind, "reason": c.reason, "change": c.change, "nbytes": c.nbytes}
+        for c in conversion.choices
+    ]
+    return {
+        "architecture": conversion.found.architecture,
+        "type": conversion.recipe.name,
+        "nbytes": conversion.total,
+        "notes": list(conversion.notes),
+        "warnings": list(conversion.warnings),
+        "tensors": tensors,
+    }
+
+
+def source_nbytes(source: Source, t: Target) -> int:
+    """Bytes of a target's pieces as the source stores them."""
+    total = 0.0
+    for piece in t.pieces:
+        meta = source.metas[piece.source]
+        kind = source.kinds.get(piece.source)
+        size = meta.nbytes if kind is None else meta.numel // TYPES[kind].block * TYPES[kind].nbytes
+        rows = meta.shape[0] if meta.shape else 1
+        total += size * piece.rows(rows) / max(rows, 1)
+    return int(total)

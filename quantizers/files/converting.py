@@ -1,0 +1,64 @@
+"""One door for every conversion: by the type that is asked for, to GGUF, plain safetensors or a native format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..report import QuantReport
+from . import convert as slabs
+from . import native
+from .convert_plan import Conversion, Request, dry_run, dry_run_json, plan_conversion
+
+
+class Bar(Protocol):
+    """What tqdm makes: grows by bytes of the new file."""
+
+    def update(self, n: int, /) -> object: ...
+
+
+Bars = Callable[[int], AbstractContextManager[Bar]]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A plan to look at."""
+
+    text: str
+    data: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.data
+
+
+def describe(request: Request) -> Description:
+    """What a conversion would do; raises what it would raise before any work."""
+    planned = _plan(request)
+    if isinstance(planned, native.NativeConversion):
+        return Description(native.dry_run(planned), native.dry_run_json(planned))
+    return Description(dry_run(planned), dry_run_json(planned))
+
+
+def convert(request: Request, bars: Bars) -> QuantReport:
+    """Convert a file.
+
+    Args:
+        bars: makes a progress bar of so many bytes.
+    Raises:
+        QuantwireError: what cannot be; a target that was there is as it was.
+    """
+    planned = _plan(request)
+    with bars(planned.total) as bar:
+        if isinstance(planned, native.NativeConversion):
+            return native.run(planned, bar.update)
+        return slabs.run_conversion(planned, bar.update)
+
+
+def _plan(request: Request) -> Conversion | native.NativeConversion:
+    spec = native.native_spec(request)
+    return plan_conversion(request) if spec is None else native.plan_native(request, spec)

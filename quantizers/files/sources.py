@@ -1,0 +1,371 @@
+"""Where a conversion reads from: safetensors files, GGUF files or tensors in memory, one tensor mapped at a time.
+
+Every tensor is seen as a matrix of stored rows: floating-point values, or the blocks of a GGUF type as bytes. Layouts
+differ by rows only (see `layouts/target.py`), so rows are what a target is put together from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..backends.gguf.types import TYPES, format_id
+from ..errors import FileError, WeightError, near
+from ..registry import get_quantizer
+from ..weight import QuantizedWeight, TensorMeta
+from .checkpoint import PICKLE_MAGIC, PLAIN_GGUF, ZIP_MAGIC
+from .file_state import check_unchanged, file_state
+from .gguf_header import MAGIC, GgufHeader, GgufTensor, read_gguf_header
+from .gguf_layout import ORIG_SHAPE
+from .layouts.target import Piece, Target, apply
+from .stream import TensorFile
+
+INDEX_SUFFIX = ".safetensors.index.json"
+# Where diffusers and transformers put the weights of one component.
+_NAMES = ("diffusion_pytorch_model", "model")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a source.
+
+    Attributes:
+        rows: (R, C) float values, or (R, bytes a row) uint8 blocks of `kind`; may be a map of the file.
+        kind: ggml type of blocks; empty for plain values.
+        columns: values a row.
+    """
+
+    rows: Tensor
+    kind: str
+    columns: int
+
+
+class Source(Protocol):
+    """What a conversion reads."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Name -> shape and dtype, from the header alone."""
+        ...
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Name -> ggml type of the tensors that are stored in blocks."""
+        ...
+
+    @property
+    def strings(self) -> Mapping[str, str]:
+        """The file's own metadata."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What is read; empty for tensors in memory."""
+        ...
+
+    def open(self, name: str) -> Stored:
+        """Map one tensor; its pages leave the process when the result does."""
+        ...
+
+    def identity(self) -> list[dict[str, Any]]:
+        """JSON values that are others when the source is another one."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises:
+        FileError: a file is another one than when its header was read.
+        """
+        ...
+
+
+def open_source(path: Path) -> Source:
+    """A source by the content of a file: safetensors, a `*.safetensors.index.json`, a diffusers folder, or GGUF.
+
+    Raises:
+        FileError: missing, of another kind, damaged, or already quantized.
+    """
+    if path.is_dir():
+        return SafetensorsSource(path, _in_folder(path))
+    if path.name.endswith(INDEX_SUFFIX):
+        return SafetensorsSource(path, _shards(path))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError as err:
+        raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}") from err
+    if head[:4] == MAGIC:
+        return GgufSource(path)
+    pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
+    if head[:2] == ZIP_MAGIC or pickled:
+        raise FileError(
+            f"{path.name}: a file of torch.save is not read, because reading one may run code.\n"
+            "Convert it to safetensors first."
+        )
+    return SafetensorsSource(path, [path])
+
+
+def _similar(path: Path) -> str:
+    try:
+        return near(path.name, [p.name for p in path.parent.iterdir()])
+    except OSError:
+        return ""
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The weight files of one component; a whole pipeline is refused with the names of its components."""
+    for stem in _NAMES:
+        for path in (folder / f"{stem}{INDEX_SUFFIX}", folder / f"{stem}.safetensors"):
+            if path.is_file():
+                return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+    inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
+    what = (
+        f"Give one of its components: {', '.join(str(folder / name) for name in inside)}."
+        if inside
+        else (f"Expected {' or '.join(f'{stem}.safetensors' for stem in _NAMES)} there, or an index of them.")
+    )
+    raise FileError(f"{folder}: no weights of one model in this folder.\n{what}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        data: Any = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in data["weight_map"].values()})
+    except OSError as err:
+        raise FileError(f"{index}: cannot be read: {err.strerror}.") from err
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise FileError(f"{index.name}: not an index of safetensors files (no 'weight_map').") from err
+    for name in names:
+        if Path(name).name != name:
+            raise FileError(f"{index.name}: names the file {name!r}, which is not beside it.")
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index.name}: the file '{name}' is missing.\nDownload it again.")
+    return [index.parent / name for name in names]
+
+
+class SafetensorsSource:
+    """Full-precision tensors of one or several safetensors files."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.label = path.name
+        self.files = list(files)
+        self.kinds: Mapping[str, str] = {}
+        self._parts = [TensorFile(file) for file in files]
+        self._where: dict[str, TensorFile] = {}
+        self.strings: dict[str, str] = {}
+        self.metas: dict[str, TensorMeta] = {}
+        for part in self._parts:
+            self.strings |= {k: v for k, v in part.metadata.items() if k not in self.strings}
+            for name, t in part.shapes.items():
+                if name in self._where:
+                    raise FileError(f"{path.name}: '{name}' stands in two of its files.")
+                self._where[name] = part
+                self.metas[name] = TensorMeta(name, tuple(t.shape), t.dtype)
+
+    def open(self, name: str) -> Stored:
+        return plain(self._where[name].read(name))
+
+    def identity(self) -> list[dict[str, Any]]:
+        return [{"file": p.path.name, **p.state, "header": _header_hash(p.path)} for p in self._parts]
+
+    def check_unchanged(self) -> None:
+        for part in self._parts:
+            part.check_unchanged()
+
+
+class MemorySource:
+    """Tensors that are in memory already."""
+
+    def __init__(self, label: str, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
+        self.label = label
+        self.files: list[Path] = []
+        self.strings: dict[str, str] = {}
+        self.kinds: Mapping[str, str] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, QuantizedWeight):
+                raise WeightError(
+                    f"'{name}': already quantized ({tensor.format_id}).\nConvert the full-precision file."
+                )
+            self._tensors[name] = tensor
+        self.metas = {n: TensorMeta(n, tuple(t.shape), t.dtype) for n, t in self._tensors.items()}
+
+    def open(self, name: str) -> Stored:
+        return plain(self._tensors[name].detach().cpu())
+
+    def identity(self) -> list[dict[str, Any]]:
+        return []
+
+    def check_unchanged(self) -> None:
+        return
+
+
+class GgufSource:
+    """A GGUF file: plain tensors, and blocks as they are."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = path.name
+        self.path = path
+        self.files = [path]
+        self.state = file_state(path)
+        self.header: GgufHeader = read_gguf_header(path)
+        self._tensors = {t.name: t for t in self.header.tensors}
+        self.kinds = {t.name: t.kind for t in self.header.tensors if t.kind in TYPES}
+        self.strings = {k: v for k, v in self.header.metadata.items() if isinstance(v, str)}
+        self.metas: dict[str, TensorMeta] = {}
+        for t in self.header.tensors:
+            if t.kind not in TYPES and t.kind not in PLAIN_GGUF:
+                raise FileError(f"{path.name}: {t.name!r} has GGUF type {t.kind}, which cannot be read here.")
+            # What blocks were made from is not written in the file; bfloat16 is what most models come in.
+            self.metas[t.name] = TensorMeta(t.name, self._shape(t), PLAIN_GGUF.get(t.kind, torch.bfloat16))
+
+    def _shape(self, t: GgufTensor) -> tuple[int, ...]:
+        given = self.header.arrays.get(ORIG_SHAPE + t.name)
+        shape = t.shape if given is None else tuple(int(n) for n in given)
+        if math.prod(shape) != math.prod(t.shape):
+            raise FileError(f"{self.path.name}: {t.name!r} has shape {t.shape}, but {ORIG_SHAPE}* says {shape}.")
+        return shape
+
+    def open(self, name: str) -> Stored:
+        t = self._tensors[name]
+        shape = self.metas[name].shape
+        page = t.start - t.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(self.path, "rb") as file:
+                data = mmap.mmap(file.fileno(), max(1, t.start + t.nbytes - page), access=mmap.ACCESS_COPY, offset=page)
+        except (OSError, ValueError) as err:
+            raise FileError(f"{self.path}: cannot be read: {err}.") from err
+        raw = cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=t.nbytes, offset=t.start - page)
+        if t.kind not in TYPES:
+            dtype = PLAIN_GGUF[t.kind]
+            raw = raw.clone() if t.start % dtype.itemsize else raw
+            return plain(raw.view(dtype).reshape(shape))
+        rows, columns = _matrix(shape)
+        if columns % TYPES[t.kind].block:  # stored in rows of another length
+            values = decode(Stored(raw.reshape(1, -1), t.kind, math.prod(shape)), raw.reshape(1, -1))
+            return Stored(values.reshape(rows, columns), "", columns)
+        return Stored(raw.reshape(rows, -1), t.kind, columns)
+
+    def identity(self) -> list[dict[str, Any]]:
+        names = json.dumps([(t.name, t.kind, t.shape, t.start) for t in self.header.tensors]).encode()
+        return [{"file": self.path.name, **self.state, "header": hashlib.sha256(names).hexdigest()}]
+
+    def check_unchanged(self) -> None:
+        check_unchanged(self.path, self.state)
+
+
+def plain(tensor: Tensor) -> Stored:
+    """Values as rows of the first axis."""
+    shape = tuple(tensor.shape)
+    rows = shape[0] if shape else 1
+    columns = math.prod(shape[1:])
+    return Stored(tensor.reshape(rows, columns), "", columns)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor in blocks; a vector is one row, since blocks run along it."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+
+
+def decode(stored: Stored, rows: Tensor) -> Tensor:
+    """Rows of a stored tensor as values: plain ones as they are, blocks as float32."""
+    if not stored.kind:
+        return rows
+    kind = format_id(stored.kind)
+    if not rows.numel():
+        return torch.empty(rows.shape[0], stored.columns)
+    # One long row may hold several: the blocks are the same.
+    weight = QuantizedWeight(kind, {"qdata": rows}, (rows.shape[0], stored.columns), torch.float32)
+    return get_quantizer(kind).dequantize(weight, torch.float32).reshape(rows.shape[0], stored.columns)
+
+
+Segment = tuple[Stored, int, "Tensor | None", int, float]  # source, first row, or rows in their order; count; to add
+
+
+class Assembled:
+    """The rows of a target, put together from its pieces when they are asked for.
+
+    Attributes:
+        rows: how many.
+        columns: values a row.
+        kind: ggml type where all pieces are blocks of one type and nothing is added; else empty.
+    """
+
+    def __init__(self, target: Target, open_: Callable[[str], Stored]) -> None:
+        opened: dict[str, Stored] = {}
+        self._segments: list[Segment] = []
+        for piece in target.pieces:
+            stored = opened.get(piece.source) or opened.setdefault(piece.source, open_(piece.source))
+            self._segments.append(_segment(piece, stored))
+        self.rows = sum(s[3] for s in self._segments)
+        self.columns = opened[target.pieces[0].source].columns
+        kinds = {s[0].kind for s in self._segments}
+        self.kind = kinds.pop() if len(kinds) == 1 and not any(s[4] for s in self._segments) else ""
+        if self.rows * self.columns != math.prod(target.shape):
+            raise FileError(f"'{target.name}': {self.rows} x {self.columns} values, expected shape {target.shape}.")
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """The blocks of rows [start, stop), uint8; only where `kind` is one."""
+        return _cat([self._take(*part) for part in self._parts(start, stop)])
+
+    def values(self, start: int, stop: int) -> list[Tensor]:
+        """Rows [start, stop) as float values in the dtypes of their sources, to be put below one another."""
+        found: list[Tensor] = []
+        for segment, first, last in self._parts(start, stop):
+            t = decode(segment[0], self._take(segment, first, last))
+            found.append(t.to(torch.float32) + segment[4] if segment[4] else t)
+        return found
+
+    def _parts(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
+        found: list[tuple[Segment, int, int]] = []
+        at = 0
+        for segment in self._segments:
+            first, last = max(start - at, 0), min(stop - at, segment[3])
+            if first < last:
+                found.append((segment, first, last))
+            at += segment[3]
+        return found
+
+    def _take(self, segment: Segment, first: int, last: int) -> Tensor:
+        stored, begin, order, _, _ = segment
+        if order is None:
+            return stored.rows[begin + first : begin + last]
+        return stored.rows[order[first:last]]
+
+
+def _segment(piece: Piece, stored: Stored) -> Segment:
+    added, total = piece.add, stored.rows.shape[0]
+    piece = dataclasses.replace(piece, add=0.0)
+    if piece.whole:
+        return stored, 0, None, total, added
+    order = apply(piece, torch.arange(total)[:, None])[:, 0]
+    count = len(order)
+    if count and int(order[-1]) - int(order[0]) == count - 1 and bool((order.diff() == 1).all()):
+        return stored, int(order[0]), None, count, added
+    return stored, 0, order, count, added
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _header_hash(path: Path) -> str:
+    """SHA-256 of a safetensors header."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return hashlib.sha256(file.read(length)).hexdigest()

@@ -11,7 +11,7 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui lint types format bench formats pages clean
+.PHONY: demo test test-slow test-comfyui lint types format bench formats gguf pages clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -39,6 +39,11 @@ bench: $(VENV)/.ready
 # Every format on two models, with docs/formats.md; FORMATS="bnb-nf4 gguf-q8-0" measures some, into out/formats.md.
 formats: $(VENV)/.ready
 	$(BIN)/python benchmarks/formats.py $(if $(FORMATS),--formats $(FORMATS))
+
+# Every GGUF type and recipe on the demo model, and the sizes of published models: the tables of docs/gguf.md.
+gguf: $(VENV)/.ready
+	$(BIN)/python benchmarks/gguf_sizes.py
+	$(BIN)/python benchmarks/gguf_types.py
 
 # The help pages of the nodes, from what quantizers/formats declares.
 pages: $(VENV)/.ready

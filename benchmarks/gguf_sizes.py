@@ -5,8 +5,8 @@
 Each model is made by diffusers or transformers at its published size on torch's meta device. A file with its header and
 no data (sparse: it takes no disk) is what `quantwire convert --dry-run` plans from, which gives sizes to the byte.
 
-The second table names for each card the first recipe of that list whose file takes at most three quarters of its memory.
-The quarter for activations, LoRAs and the host is an assumption, not a measurement.
+The second table names for each card the first recipe of that list whose file takes at most three quarters of its
+memory. The quarter for activations, LoRAs and the host is an assumption, not a measurement.
 
 Writes OUT/gguf_sizes.json, and the tables between the markers of docs/gguf.md; with `--quick` OUT/gguf_sizes.md.
 """

@@ -6,7 +6,7 @@ Each file is made by the functions behind `quantwire convert`, opened by LoadGGU
 200 digits of `demo/run.py`: size, error of the weights and of the pictures, digit accuracy, seconds. Three groups:
 
     types     one ggml type for every quantized weight, no importance matrix
-    recipes   the mixed types, no importance matrix; those that decide the same as a type alone are not drawn again
+    recipes   the mixed types, no importance matrix; those that decide as one type alone does are named below the table
     low bits  IQ recipes with an importance matrix, recorded here from ten other prompts and seeds
 
 A type that a layer's rows do not fit falls back to another one, which its row says. Seconds to convert are those of the
@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables. What was not measured is None; then `remarks` say why."""
+    """One line of the tables. Not measured are those that failed, and those that are the `same` as an earlier one."""
 
     type: str
     group: str
@@ -80,6 +80,7 @@ class Row:
     first_s: float | None = None
     sampling_s: float | None = None
     failed: str = ""
+    same: str = ""
 
 
 class Silent:
@@ -219,7 +220,7 @@ def measure(bench: Bench, todo: Sequence[Job]) -> Iterator[Row]:
             if job.group == "types":
                 alone[key] = job.type
             elif key in alone and job.imatrix is None:
-                yield Row(job.type, job.group, f"for this model the same tensors as `{alone[key]}`")
+                yield Row(job.type, job.group, "", same=alone[key])
                 continue
             yield bench.measure(job)
         except (QuantwireError, ValueError) as err:  # one broken type must not cost the others' results
@@ -228,7 +229,7 @@ def measure(bench: Bench, todo: Sequence[Job]) -> Iterator[Row]:
 
 def cells(row: Row) -> list[str]:
     if row.nbytes is None:
-        return [f"`{row.type}`", *["-"] * 7, f"FAILED: {row.failed}" if row.failed else row.remarks]
+        return [f"`{row.type}`", *["-"] * 7, f"FAILED: {row.failed}" if row.failed else f"as `{row.same}`"]
     numbers = [
         f"{row.bits:.2f}", f"{row.nbytes / MIB:.2f}", text(row.sqnr_db), text(row.psnr_db),
         f"{100 * row.accuracy:.1f} %", f"{row.convert_s:.2f}", f"{row.sampling_s:.1f}",
@@ -258,8 +259,12 @@ def table(result: dict[str, Any], rows: Sequence[Row]) -> str:
     }
     for group, title in titles.items():
         found = [r for r in rows if r.group == group]
-        if found:
-            lines += ["", f"### {title}", "", line(HEADS), line(["---"] * len(HEADS)), *(line(cells(r)) for r in found)]
+        if not found:
+            continue
+        lines += ["", f"### {title}", "", line(HEADS), line(["---"] * len(HEADS))]
+        lines += [line(cells(r)) for r in found if not r.same]
+        same = ", ".join(f"`{r.type}` (`{r.same}`)" for r in found if r.same)
+        lines += ["", f"Of this model the same files as one type alone makes: {same}."] if same else []
     return "\n".join(lines)
 
 

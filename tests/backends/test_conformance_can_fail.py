@@ -270,8 +270,8 @@ def test_every_check_is_shown_to_fail() -> None:
 def test_a_format_that_cannot_run_is_one_skip_with_its_reason(tmp_path: Path) -> None:
     suite = Path(__file__).with_name("test_conformance.py")
     arguments = ["-q", "-p", "no:cacheprovider", "-k", "gguf", "--rootdir", str(suite.parents[2]), str(suite)]
-    out = run_without(tmp_path, f"import pytest; raise SystemExit(pytest.main({arguments}))", "gguf")
+    out = run_without(tmp_path, f"import pytest; raise SystemExit(pytest.main({arguments}))", "gguf", "libggml")
     cases = len(BY_BACKEND["gguf"])
     assert f"{cases} skipped" in out.splitlines()[-1]
     for format_id in {Subject(case).format_id for case in BY_BACKEND["gguf"]}:
-        assert f"{format_id}: gguf is not installed. Run `pip install gguf`" in out
+        assert f"{format_id}: libggml-python is not installed. Run `pip install libggml-python`" in out

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 accelerate = pytest.importorskip("accelerate")
 
-DIM = 128
+DIM = 256  # the longest block of a format
 MAIN = torch.device("cpu")
 SPLITS = ("cpu", "disk")
 ROTATED = ("comfy-int8-convrot", "comfy-w4a4-convrot", "comfy-w4a8")  # by 256 columns if not told otherwise
 # What a pattern of the table is probed with: every way in which the library stores values. Q4_K stands for the types
-# that gguf-py reads but cannot write, int5 for sdnq's types that do not divide a byte. NNCF has no nf4 in torch.
+# of llama.cpp with blocks of 256, int5 for sdnq's types that do not divide a byte. NNCF has no nf4 in torch.
 EXAMPLES = {
     "gguf-*": ["gguf-q8-0", "gguf-q4-0", "gguf-q4-k"],
     "sdnq-*": ["sdnq-int8", "sdnq-uint4", "sdnq-int5", "sdnq-float8-e4m3fn", "sdnq-float4-e2m1fn"],
@@ -93,24 +93,11 @@ def gguf_layer(linear: Any, format_id: str) -> nn.Module:
     gguf = pytest.importorskip("gguf")
     utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
     quant_type = gguf.GGMLQuantizationType[format_id.removeprefix("gguf-").upper().replace("-", "_")]
-    if format_id == "gguf-q4-k":
-        block, nbytes = gguf.GGML_QUANT_SIZES[quant_type]
-        assert block == 2 * DIM
-        data = torch.randint(0, 60, (DIM, nbytes), dtype=torch.uint8)  # small bytes keep the fp16 scales finite
-        linear = nn.Linear(block, DIM, dtype=torch.bfloat16)
-    else:
-        data = torch.from_numpy(gguf.quantize(linear.weight.float().numpy(), quant_type))
+    data = get_quantizer(format_id).quantize(linear.weight.data, QuantSpec(format_id)).tensors["qdata"]
     layer = utils.GGUFLinear(linear.in_features, DIM, bias=True, compute_dtype=torch.bfloat16)
     layer.weight = utils.GGUFParameter(data, quant_type=quant_type)
     layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-    return layer if linear.in_features == DIM else nn.Sequential(Repeat(), layer)
-
-
-class Repeat(nn.Module):
-    """Widens the input to the 256 columns that K types need."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x], dim=-1)
+    return layer
 
 
 def build_quanto(net: Net, format_id: str) -> Net:

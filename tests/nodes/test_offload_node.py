@@ -28,8 +28,13 @@ def level(carrier: Carrier, format_id: str, mode: OffloadMode) -> VerdictLevel:
 LAYERS = ("bnb", "quanto", "gguf", "sdnq", "torchao")
 
 
+# GGUF types that diffusers cannot hold.
+NO_LAYER = tuple(f"gguf-{n}" for n in ("iq1", "iq2", "iq3", "tq", "mxfp4", "nvfp4"))
+
+
 def carriers(format_id: str) -> tuple[Carrier, ...]:
-    return (Carrier.QUANTWIRE, Carrier.LIBRARY) if format_id.startswith(LAYERS) else (Carrier.QUANTWIRE,)
+    has_layer = format_id.startswith(LAYERS) and not format_id.startswith(NO_LAYER)
+    return (Carrier.QUANTWIRE, Carrier.LIBRARY) if has_layer else (Carrier.QUANTWIRE,)
 
 
 CASES = [(f, c, m) for f in available_formats() for c in carriers(f) for m in MODES]

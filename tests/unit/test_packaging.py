@@ -17,7 +17,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-SOURCES = ("nodes", "hosts", "quantizers", "workflows")
+SOURCES = ("commands", "nodes", "hosts", "quantizers", "workflows")
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -1,7 +1,8 @@
 """`quantwire imatrix WORKFLOW.json --out FILE.gguf`: run a workflow, and measure which columns of its weights matter.
 
 The workflow runs in the embedded host as `quantwire run` runs it. The file is written when the run is complete, so an
-interrupted one leaves none, or the one that was there.
+interrupted one leaves none, or the one that was there. What was recorded and does not add up with the files of
+`--merge` is written beside it.
 """
 
 from __future__ import annotations
@@ -56,17 +57,17 @@ def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
     """Record, merge, write.
 
     Raises:
-        QuantwireError: a path, the workflow or the run is at fault; nothing is written.
+        QuantwireError: a path, the workflow or the run is at fault; FILE.gguf is as it was.
     """
     from ..hosts.record import describe
     from ..hosts.standalone.progress import Interrupted
-    from ..quantizers.files.imatrix import merge, read_imatrix, write_imatrix
+    from ..quantizers.files.imatrix import Imatrix, merge, read_imatrix, write_imatrix
 
     if args.out.suffix.lower() != ".gguf":
         raise FileError(f"--out: '{args.out}' is no .gguf file.\nImportance matrices are GGUF files; name it so.")
     require_writable(args.out.parent, "--out")
     others = [read_imatrix(path) for path in args.merge]
-    merge(others)  # whatever does not fit together is found before the run
+    merge([*others, Imatrix({})])  # whatever will not add up is found before the run; it counts inputs as a run does
     try:
         found = _record(args)
     except Interrupted:
@@ -74,8 +75,17 @@ def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
         return INTERRUPTED
     matrix = found.recorder.matrix(" ".join([args.workflow.name, *(f"--set {o}" for o in args.overrides)]))
     print(describe(matrix, sorted(found.recorder.idle)))
-    merged = merge([*others, matrix])
-    write_imatrix(args.out, merged)
+    if not matrix.entries:
+        raise WorkflowError(f"{args.workflow}: no linear layer got an input, so nothing was recorded.")
+    try:
+        merged = merge([*others, matrix])
+        write_imatrix(args.out, merged)
+    except FileError as err:
+        if not others:
+            raise
+        alone = args.out.with_name(f"{args.out.stem}.recorded{args.out.suffix}")
+        write_imatrix(alone, matrix)
+        raise FileError(f"{err}\nWhat this run recorded is in {alone}, by itself.") from err
     print(f"{args.out}: {len(merged.entries)} weights from {', '.join(merged.datasets)}")
     return 0
 

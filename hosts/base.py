@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..quantizers.apply import LoraMode, OnFailure
 from ..quantizers.auto import DeviceFacts
 from ..quantizers.compat.modes import Carrier, OffloadMode
-from ..quantizers.errors import FileError
+from ..quantizers.errors import FileError, near
 from ..quantizers.report import QuantReport
 from ..quantizers.spec import QuantSpec
 from ..quantizers.weight import QuantizedWeight
@@ -29,9 +29,11 @@ class Host(Protocol):
         """Names of the files in a model folder such as `diffusion_models`, all search paths together, sorted."""
         ...
 
-    def resolve(self, folder: str, name: str) -> Path:
+    def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
         """Path of a file in a model folder.
 
+        Args:
+            suffixes: of the files that may be named instead; all by default.
         Raises:
             FileError: names the folders searched and the files there.
         """
@@ -132,6 +134,12 @@ class Host(Protocol):
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         """Iterate with a progress bar; raises the host's interruption exception when cancelled."""
         ...
+
+
+def missing(name: str, searched: str, files: list[str], suffixes: tuple[str, ...]) -> str:
+    """The message of `Host.resolve`."""
+    kind = f"{' and '.join(suffixes)} files" if suffixes else "Files"
+    return f"'{name}' is not in {searched}.{near(name, files)}\n{kind} there: {', '.join(files[:20]) or 'none'}."
 
 
 def path_inside(folder: Path, name: str) -> Path:

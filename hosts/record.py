@@ -128,10 +128,9 @@ def _removed(handle: Any) -> Iterator[None]:
 def describe(matrix: Imatrix, idle: Sequence[str] = ()) -> str:
     """One line for each thing worth knowing about a recorded matrix."""
     counts = [int(c) for sums in matrix.entries.values() for c in sums.counts]
-    lines = [
-        f"{len(matrix.entries)} weights, {matrix.chunk_count} model calls, "
-        f"{min(counts):,} to {max(counts):,} inputs of a layer"
-    ]
+    lines = [f"{len(matrix.entries)} weights, {matrix.chunk_count} model calls"]
+    if counts:
+        lines[0] += f", {min(counts):,} to {max(counts):,} inputs of a layer"
     if idle:
         lines.append(f"No input reached {len(idle)} weights, such as {idle[0]}: they are left out.")
     return "\n".join(lines)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..hosts import current
 from ..quantizers import quoting
 from ..quantizers.apply import LoraMode, OnFailure
 from ..quantizers.auto import AUTO
+from ..quantizers.backends.gguf.types import format_id
 from ..quantizers.compat.modes import Carrier
-from ..quantizers.errors import SpecError
+from ..quantizers.errors import SpecError, near
+from ..quantizers.files.recipes import ALIASES, RECIPES
 from ..quantizers.registry import format_ids
 from ..quantizers.rules import RuleSet
 from ..quantizers.spec import QuantSpec
@@ -24,6 +28,19 @@ def format_input(auto: bool = False) -> tuple[list[str], dict[str, Any]]:
     chosen = " auto: the best one that fits into the memory that is free now; the report says why." if auto else ""
     words = [*format_ids(), FROM_CONFIG, *([AUTO] if auto else [])]
     return (words, {"default": "bnb-nf4", "tooltip": tooltip + chosen})
+
+
+def check_format(format: str | None, auto: bool = False) -> bool | str:
+    """For VALIDATE_INPUTS: the formats, with a word on llama.cpp's names of types. None is a link."""
+    words, _ = format_input(auto)
+    if format is None or format in words:
+        return True
+    text, name = f"format {format!r} is not among its {len(words)} choices.", str(format).upper()
+    recipe = RECIPES.get(ALIASES.get(name, name))
+    if recipe is None or format_id(recipe.base) not in words:
+        return text + near(str(format), words)
+    mixed = "Mixtures of types such as Q4_K_M are made by `quantwire convert` and ConvertModel."
+    return f"{text} Did you mean {format_id(recipe.base)}? {mixed}"
 
 
 def carrier_input() -> tuple[list[str], dict[str, Any]]:
@@ -96,3 +113,16 @@ def with_report(report: Any, *outputs: Any) -> dict[str, Any]:
     """A node result whose report is also shown as text and kept as data."""
     current().show_text(str(report))
     return {"ui": {"text": [str(report)], "report": [report.to_dict()]}, "result": outputs}
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """For IS_CHANGED: a file that was replaced, appeared or went makes another one."""
+    return ", ".join(f"{path.name}:{_times(path)}" for path in paths)
+
+
+def _times(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        return "none"
+    return f"{stat.st_mtime_ns}:{stat.st_size}"

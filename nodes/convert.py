@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,24 @@ from ..hosts import current
 from ..quantizers.errors import FileError, QuantwireError
 from ..quantizers.files.convert import Ticks
 from ..quantizers.files.convert_plan import Request
-from ..quantizers.files.converting import convert, describe
+from ..quantizers.files.converting import Description, convert, describe
+from ..quantizers.files.gguf_parts import named_parts
 from ..quantizers.files.recipes import FLOATS, RECIPES
 from ..quantizers.registry import format_ids, get_entry
+from ..quantizers.report import QuantReport
 from ..quantizers.rules import RuleSet
 from ..quantizers.spec import QuantSpec
-from .common import CATEGORY, patterns, with_report
+from .common import CATEGORY, patterns, stamp, with_report
 
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
+# What the converter calls by its options on the command line.
+WORDS = {
+    "`quantwire convert --imatrix`": "the input imatrix_name of ConvertModel",
+    "Use --overwrite": "Set overwrite",
+    "with --imatrix": "by imatrix_name",
+    "--overwrite": "overwrite",
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,41 @@ class _Bar:
     update: Ticks
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is converted into what, beside the rules, which IS_CHANGED is not given."""
+
+    source: Path
+    target: Path
+    type: str
+    keep_layers: str
+    matrix: Path | None
+
+    def stamp(self) -> str:
+        """The state of the files that are read."""
+        return stamp([*named_parts(self.source), *([self.matrix] if self.matrix else [])])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A file that the node wrote, as long as it is `result`."""
+
+    request: Request
+    read: str
+    result: str
+    report: QuantReport
+
+
+# Of this process: a graph that runs again takes the file that is there, whatever the host's cache has forgotten.
+_made: dict[_Inputs, _Made] = {}
+_lost: Counter[_Inputs] = Counter()  # how often what was made was no more there, so that it is made again
+
+
 class ConvertModel:
     DESCRIPTION = (
         "Converts a model file into a GGUF file of any type, or back, without loading the model: tensor by tensor, in "
         "little memory. The new file stands in the folder of the old one. An interrupted conversion continues when it "
-        "runs again."
+        "runs again, except to a comfy format, which starts over."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("STRING", "REPORT")
@@ -89,11 +129,23 @@ class ConvertModel:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str, type: str, output_name: str = "", **_: Any) -> str:
-        """Another state of the source, or of the file that is to be there."""
-        source = _resolve(model_name)
-        target = _target(model_name, source, type, output_name)
-        return ":".join(str(p.stat().st_mtime_ns) if p.exists() else "none" for p in (source, target))
+    def IS_CHANGED(
+        cls,
+        model_name: str,
+        type: str,
+        output_name: str = "",
+        keep_layers: str = "",
+        imatrix_name: str = "",
+        **_: Any,
+    ) -> str:
+        """Another state of the files that are read, or the file that was made is no more there. That it comes to be is
+        no change: the same graph would convert twice."""
+        inputs = _inputs(model_name, type, output_name, keep_layers, imatrix_name)
+        made = _made.get(inputs)
+        if made is not None and made.result != stamp([inputs.target]):
+            del _made[inputs]
+            _lost[inputs] += 1
+        return f"{inputs.stamp()} {_lost[inputs]}"
 
     def convert(
         self,
@@ -106,18 +158,56 @@ class ConvertModel:
         keep_layers: str = "",
         imatrix_name: str = "",
     ) -> dict[str, Any]:
-        source = _resolve(model_name)
-        target = _target(model_name, source, type, output_name)
-        folder = model_name.partition("/")[0]
-        matrix = current().resolve(folder, imatrix_name) if imatrix_name.strip() else None
+        inputs = _inputs(model_name, type, output_name, keep_layers, imatrix_name)
         exclude, include = (rules.exclude, rules.include) if isinstance(rules, QuantSpec) else ((), ())
         request = Request(
-            source, target, type, rules.rules if rules is not None else (), (*exclude, *patterns(keep_layers)), include,
-            matrix, overwrite=overwrite,
+            inputs.source, inputs.target, type, rules.rules if rules is not None else (),
+            (*exclude, *patterns(keep_layers)), include, inputs.matrix, overwrite=overwrite,
         )  # fmt: skip
-        report = describe(request) if dry_run else convert(request, _bar)
-        shown = target.relative_to(_root(model_name, source)).as_posix()
+        with _own_words():
+            report = _described(request) if dry_run else _converted(inputs, request)
+        shown = inputs.target.relative_to(_root(model_name, inputs.source)).as_posix()
         return with_report(report, shown, report)
+
+
+def _inputs(model_name: str, type: str, output_name: str, keep_layers: str, imatrix_name: str) -> _Inputs:
+    source = _resolve(model_name)
+    folder = model_name.partition("/")[0]
+    matrix = current().resolve(folder, imatrix_name) if imatrix_name.strip() else None
+    return _Inputs(source, _target(model_name, source, type, output_name), type, keep_layers, matrix)
+
+
+def _described(request: Request) -> Description:
+    plan = describe(request)
+    return Description(_own(plan.text), plan.data | {"warnings": [_own(w) for w in plan.data["warnings"]]})
+
+
+def _converted(inputs: _Inputs, request: Request) -> QuantReport:
+    """Convert, unless the same was made before and is there."""
+    asked, read, made = replace(request, overwrite=False), inputs.stamp(), _made.get(inputs)
+    if made is not None and (made.request, made.read, made.result) == (asked, read, stamp([inputs.target])):
+        return made.report
+    report = convert(request, _bar)
+    if made is not None and made.request != asked:
+        _lost[inputs] += 1  # other rules had made another file of this name
+    _made[inputs] = _Made(asked, read, stamp([inputs.target]), report)
+    return report
+
+
+@contextlib.contextmanager
+def _own_words() -> Iterator[None]:
+    """The converter's errors with the names of the node's inputs."""
+    try:
+        yield
+    except QuantwireError as err:
+        err.args = (_own(str(err)),)
+        raise
+
+
+def _own(text: str) -> str:
+    for option, word in WORDS.items():
+        text = text.replace(option, word)
+    return text
 
 
 @contextlib.contextmanager

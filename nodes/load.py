@@ -8,10 +8,22 @@ from ..hosts import current
 from ..quantizers.apply import OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError
+from ..quantizers.files.gguf_parts import named_parts
 from ..quantizers.spec import QuantSpec
-from .common import CATEGORY, carrier_input, format_input, optional_inputs, spec_from_inputs, with_report
+from .common import (
+    CATEGORY,
+    carrier_input,
+    check_format,
+    format_input,
+    optional_inputs,
+    spec_from_inputs,
+    stamp,
+    with_report,
+)
 
 FOLDER = "diffusion_models"
+SAFETENSORS = (".safetensors", ".sft")
+MAKE_ONE = "`quantwire convert MODEL.safetensors MODEL.gguf --type Q8_0` makes one."
 
 
 class LoadGGUF:
@@ -43,7 +55,8 @@ class LoadGGUF:
 
     @classmethod
     def VALIDATE_INPUTS(cls, gguf_name: str | None) -> bool | str:
-        return _validated(gguf_name)
+        answer = _validated(gguf_name, (".gguf",))
+        return answer if answer is True else f"{answer} {MAKE_ONE}"
 
     @classmethod
     def IS_CHANGED(cls, gguf_name: str, **_: Any) -> str:
@@ -69,7 +82,7 @@ class LoadAndQuantize:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = current().list_files(FOLDER, (".safetensors", ".sft"))
+        files = current().list_files(FOLDER, SAFETENSORS)
         name = (files, {"tooltip": "A full-precision safetensors file of the folder diffusion_models."})
         cache = (
             "Keep the quantized model on disk and take it from there next time. The environment variables "
@@ -81,8 +94,9 @@ class LoadAndQuantize:
         return {"required": {"model_name": name, "format": format_input()}, "optional": optional}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str | None) -> bool | str:
-        return _validated(model_name)
+    def VALIDATE_INPUTS(cls, model_name: str | None, format: str | None = None) -> bool | str:
+        answer = _validated(model_name, SAFETENSORS)
+        return check_format(format) if answer is True else answer
 
     @classmethod
     def IS_CHANGED(cls, model_name: str, **_: Any) -> str:
@@ -105,16 +119,15 @@ class LoadAndQuantize:
         return with_report(report, model, report)
 
 
-def _validated(name: str | None) -> bool | str:
+def _validated(name: str | None, suffixes: tuple[str, ...]) -> bool | str:
     if name is None:  # a link: the name is not known yet
         return True
     try:
-        current().resolve(FOLDER, name)
+        current().resolve(FOLDER, name, suffixes)
     except QuantwireError as err:
         return " ".join(str(err).splitlines())
     return True
 
 
 def _state(name: str) -> str:
-    stat = current().resolve(FOLDER, name).stat()
-    return f"{stat.st_mtime_ns}:{stat.st_size}"
+    return stamp(named_parts(current().resolve(FOLDER, name)))

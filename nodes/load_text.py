@@ -7,7 +7,8 @@ from typing import Any
 from ..hosts import current
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError, SpecError
-from .common import CATEGORY, carrier_input, with_report
+from ..quantizers.files.gguf_parts import named_parts
+from .common import CATEGORY, carrier_input, stamp, with_report
 
 FOLDER = "text_encoders"
 SUFFIXES = (".gguf", ".safetensors", ".sft")
@@ -66,8 +67,11 @@ class LoadGGUFTextEncoder:
     def IS_CHANGED(
         cls, clip_name1: str, clip_name2: str = NONE, clip_name3: str = NONE, clip_name4: str = NONE, **_: Any
     ) -> str:
-        stats = [current().resolve(FOLDER, n).stat() for n in _given(clip_name1, clip_name2, clip_name3, clip_name4)]
-        return ", ".join(f"{stat.st_mtime_ns}:{stat.st_size}" for stat in stats)
+        paths = [current().resolve(FOLDER, n) for n in _given(clip_name1, clip_name2, clip_name3, clip_name4)]
+        # Any GGUF file of the folder may be the vision part that an earlier run did not find.
+        folders = dict.fromkeys(p.parent for p in paths if p.suffix.lower() == ".gguf")
+        beside = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() == ".gguf"]
+        return stamp(dict.fromkeys([*(part for path in paths for part in named_parts(path)), *beside]))
 
     def load(
         self,

@@ -10,7 +10,7 @@ from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError
 from ..quantizers.rules import Rule, RuleSet, parse_rules
 from ..quantizers.spec import QuantSpec, canonical
-from .common import CATEGORY, format_input, one_line, optional_inputs, with_report
+from .common import CATEGORY, check_format, format_input, one_line, optional_inputs, with_report
 from .request import ALL, LLM, Request, check_encoders, quantize
 
 # ComfyUI's names of the encoders that its CLIP objects hold; `per_encoder` takes any name.
@@ -49,6 +49,10 @@ class QuantizeModel:
             "required": {"model": model, "format": format_input(auto=True)},
             "optional": {**optional_inputs(), "on_quantized": _on_quantized()},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, format: str | None = None) -> bool | str:
+        return check_format(format, auto=True)
 
     def quantize(
         self,
@@ -93,12 +97,12 @@ class QuantizeTextEncoder:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, per_encoder: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, per_encoder: str | None = None, format: str | None = None) -> bool | str:
         try:
             check_encoders(per_encoder or "")  # None is a link: the text is not known yet
         except SpecError as err:
             return one_line(err)
-        return True
+        return check_format(format, auto=True)
 
     def quantize(
         self,
@@ -133,6 +137,10 @@ class QuantizeControlNet:
             "required": {"control_net": net, "format": format_input(auto=True)},
             "optional": {**optional_inputs(), "on_quantized": _on_quantized()},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, format: str | None = None) -> bool | str:
+        return check_format(format, auto=True)
 
     def quantize(
         self,

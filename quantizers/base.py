@@ -49,6 +49,10 @@ class Quantizer:
         """Why this tensor cannot be quantized so, or None. Looks at name, shape and dtype only."""
         return None
 
+    def advice(self) -> str:
+        """What who quantizes to this format without knowing the inputs of the layers should know; mostly empty."""
+        return ""
+
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         """Bytes of the quantized tensors; equals `quantize(...).nbytes`."""
         raise NotImplementedError

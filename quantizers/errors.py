@@ -41,6 +41,13 @@ class OffloadConflict(QuantwireError):
 
 
 def near(name: str, valid: Iterable[str], limit: int = 3) -> str:
-    """`" Did you mean a, b?"` for the closest valid names, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=limit, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
+    """`" Did you mean a, b?"` for the closest valid names, or an empty string; case, `_` and `-` do not count."""
+    names: dict[str, str] = {}
+    for each in valid:
+        names.setdefault(_folded(each), each)
+    close = difflib.get_close_matches(_folded(name), list(names), n=limit, cutoff=0.5)
+    return f" Did you mean {', '.join(names[c] for c in close)}?" if close else ""
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "-")

@@ -71,7 +71,7 @@ class QuantPlan:
     Attributes:
         spec: what was asked for.
         family: of the model, as far as it is known; else empty.
-        notes: what the reader should know of the built-in rules here.
+        notes: what the reader should know of the built-in rules and of the formats here.
     """
 
     spec: QuantSpec
@@ -159,6 +159,8 @@ def make_plan(slots: Iterable[Slot], spec: QuantSpec, quantizer: Quantizer) -> Q
             decisions.append(_kept(slot.meta, kept[name]))
         else:
             decisions.append(_quantized(slot.meta, base, quantizer, "linear weight"))
+    made = dict.fromkeys(d.spec.format_id for d in decisions if d.spec is not None and d.action is Action.QUANTIZE)
+    notes += [advice for format_id in made if (advice := get_quantizer(format_id).advice())]
     return QuantPlan(spec, tuple(decisions), family.name, tuple(notes))
 
 

@@ -105,6 +105,8 @@ class QuantReport:
         else:
             what = f"linear layers in {next(iter(formats), self.format_id)}"
         lines = [f"{self.title}: {len(done)} {what}{carrier}"]
+        if not done and not carrier:  # a file of plain values: nothing is quantized, so nothing is kept from it
+            lines, kept = [f"{self.title}: {len(self.entries)} tensors, {self.format_id}"], Counter[str]()
         if self.nbytes_in:
             share = 100 * self.nbytes_out / self.nbytes_in
             size = f"{self.nbytes_in / MIB:.2f} -> {self.nbytes_out / MIB:.2f} MiB ({share:.1f} %)"
@@ -128,7 +130,8 @@ def _bare(reason: str, families: str) -> str:
 
 
 def _kept_linear(entry: Entry) -> bool:
-    return entry.action == "keep" and entry.reason != "not a linear weight"
+    rounded = " rounded to " in entry.reason  # of a conversion: kept out of blocks, not as it was
+    return entry.action == "keep" and not entry.reason.startswith("not a linear weight") and not rounded
 
 
 def merge(reports: list[QuantReport]) -> QuantReport:

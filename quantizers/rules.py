@@ -109,7 +109,7 @@ def parse_rules(text: str | list[dict[str, str]]) -> tuple[Rule, ...]:
     """Rules from text, one a line, or from JSON, as text or loaded.
 
     Raises:
-        SpecError: a line is no rule; names the line.
+        SpecError: a line is no rule or has a bad pattern; names the line.
     """
     if isinstance(text, list):
         return _from_json(text)
@@ -126,6 +126,7 @@ def parse_rules(text: str | list[dict[str, str]]) -> tuple[Rule, ...]:
         if rule:
             try:
                 rules.append(parse_rule(rule))
+                check_pattern(rules[-1].pattern)
             except SpecError as err:
                 raise SpecError(f"Line {number}: {err}") from err
     return tuple(rules)
@@ -201,8 +202,9 @@ def named_layers(pattern: str, layers: Sequence[str]) -> list[str]:
     """The layers that a pattern names.
 
     Raises:
-        SpecError: none.
+        SpecError: none, or the pattern is none.
     """
+    check_pattern(pattern)
     named = [layer for layer in layers if matches(pattern, layer)]
     if not named:
         shown = f" (such as {', '.join(layers[:3])})" if layers else ""

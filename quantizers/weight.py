@@ -124,7 +124,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.quantized_weight
-        if self.kept is not None:
+        if self.kept is not None and not torch.compiler.is_compiling():
             held = [getattr(self, name) for name in self.tensor_names]
             weight = self.kept.get(self, q, x.dtype, lambda: self._quantizer.dequantize(q, x.dtype), held)
             if weight is not None:
@@ -141,8 +141,15 @@ class QuantizedLinear(nn.Module):
                 return moved
             return t.to(moved.device)
 
+        before = self._device
         cast(Any, super())._apply(keep_dtype, recurse)
+        if self.kept is not None:
+            self.kept.moved(self, self._device != before)
         return self
+
+    @property
+    def _device(self) -> torch.device:
+        return getattr(self, self.tensor_names[0]).device
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         refuse_full_precision_load(state_dict, prefix, self.format_id)
@@ -154,6 +161,8 @@ class QuantizedLinear(nn.Module):
                     f"{self.format_id} tensors are never cast: the values would change."
                 )
         cast(Any, super())._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.kept is not None:
+            self.kept.drop(self)
 
 
 def refuse_full_precision_load(state_dict: Mapping[str, Any], prefix: str, format_id: str) -> None:

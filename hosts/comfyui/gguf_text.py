@@ -22,6 +22,7 @@ from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.gguf_model import in_rows
 from ...quantizers.files.layouts.target import Value
 from ...quantizers.files.text_encoder import TextFile, is_gguf, open_text_encoder, refuse_for_text_encoder
+from ...quantizers.files.vocabulary import wanted_tokenizer
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.registry import require_reader
 from ...quantizers.report import MIB, Entry, QuantReport
@@ -35,8 +36,6 @@ EMBEDDINGS = re.compile(
     r"(.*\.)?(shared|embed_tokens|token_embedding|position_embedding|relative_attention_bias)\.weight"
 )
 ROWS_AT_ONCE = 4096  # of an embedding; a whole one of umT5 would take 4 GiB in float32
-# T5 has such a table in the first block only; the host brings T5's tokenizer, and not umT5's.
-UMT5_SIGN = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 VISION = ("visual", "vision_model", "multi_modal_projector")
 
 
@@ -229,11 +228,7 @@ def _add_tokenizer(file: TextFile, state: dict[str, Any], report: QuantReport) -
     Raises:
         FileError: the file has none, and the host neither.
     """
-    name = ""
-    if file.architecture.startswith("gemma") or UMT5_SIGN in state:
-        name = "spiece_model"
-    elif file.header.metadata.get("tokenizer.ggml.pre") == "tekken":
-        name = "tekken_model"
+    name = wanted_tokenizer(file.architecture, file.header.metadata, state)
     if not name or name in state:
         return
     state[name] = torch.frombuffer(bytearray(file.vocabulary(name)), dtype=torch.uint8)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ...quantizers.apply import LoraMode, OnFailure, make_layer
 from ...quantizers.auto import DeviceFacts
 from ...quantizers.compat.modes import Carrier, OffloadMode
-from ...quantizers.errors import FileError, SpecError, near
+from ...quantizers.errors import FileError, SpecError
 from ...quantizers.memory import describe
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
-from ..base import path_inside
+from ..base import missing, path_inside
 from ..record import Recorder
 from . import patchers
 from .linear import make_linear
@@ -40,17 +40,15 @@ class ComfyHost:
             found |= {f for f in files if not suffixes or Path(f).suffix.lower() in suffixes}
         return sorted(found)
 
-    def resolve(self, folder: str, name: str) -> Path:
+    def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
         for root in self._roots(folder):
             # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
             path = Path(os.path.normpath(root / name))
             if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
-        files = self.list_files(folder, (Path(name).suffix.lower(),) if Path(name).suffix else ())
+        files = self.list_files(folder, suffixes or ((Path(name).suffix.lower(),) if Path(name).suffix else ()))
         searched = ", ".join(str(root) for root in self._roots(folder))
-        raise FileError(
-            f"'{name}' is not in {searched}.{near(name, files)}\nFiles there: {', '.join(files[:20]) or 'nothing'}."
-        )
+        raise FileError(missing(name, searched, files, suffixes))
 
     def components(self, model: Any) -> dict[str, nn.Module]:
         if hasattr(model, "cond_stage_model"):

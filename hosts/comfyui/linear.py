@@ -47,12 +47,14 @@ def operations(compute_dtype: torch.dtype) -> Any:
             self.quant_format, self.layout_type = algorithm_of(weight), tensor._layout_cls
             self._full_precision_mm = self.quant_format in emulated_formats()
             self.weight = nn.Parameter(tensor, requires_grad=False)
+            self._drop_kept()
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
             tensor = state_dict.get(f"{prefix}weight")
             weight = getattr(tensor, "quantwire_weight", None) or from_quantized_tensor(tensor)
             if weight is None:
                 super()._load_from_state_dict(state_dict, prefix, *args)
+                self._drop_kept()
                 return
             state_dict.pop(f"{prefix}weight")
             self.adopt(weight)
@@ -75,13 +77,30 @@ def operations(compute_dtype: torch.dtype) -> Any:
 
         def _kept_weight(self, input: Tensor) -> Tensor | None:
             """The weight as it was kept, where the layer lies on the device that computes and nothing changes it."""
+            if self.kept is None or torch.compiler.is_compiling():
+                return None
+            if self.weight.device != input.device:
+                self._drop_kept()
+                return None
             patched = self.exact_patch is not None or self.weight_function or self.bias_function
-            if self.kept is None or patched or self.weight.device != input.device or type(input) is not Tensor:
+            if patched or type(input) is not Tensor:
                 return None
             q = from_quantized_tensor(self.weight)
             if q is None:
                 return None
             return self.kept.get(self, q, input.dtype, lambda: require_reader(q.format_id).dequantize(q, input.dtype))
+
+        def _drop_kept(self) -> None:
+            if self.kept is not None:
+                self.kept.drop(self)
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            # The host moves single layers when it unloads a part of a model, and tells nobody.
+            before = getattr(self.weight, "device", None)
+            super()._apply(fn, recurse)
+            if self.kept is not None:
+                self.kept.moved(self, getattr(self.weight, "device", None) != before)
+            return self
 
         def _with(self, call: Any, name: str, value: Any, input: Tensor) -> Tensor:
             before = getattr(self, name)
@@ -94,7 +113,12 @@ def operations(compute_dtype: torch.dtype) -> Any:
         def set_weight(self, weight: Tensor, inplace_update: bool = False, seed: Any = None, **kwargs: Any) -> Any:
             if self.lora is LoraMode.EXACT and not kwargs.get("return_weight"):
                 return None  # `exact_patch` applies it when the layer computes
-            return super().set_weight(weight, inplace_update=inplace_update, seed=seed, **kwargs)
+            result = super().set_weight(weight, inplace_update=inplace_update, seed=seed, **kwargs)
+            if not kwargs.get("return_weight"):
+                self._drop_kept()
+                if inplace_update:
+                    self.kept = None  # the host will write the old values back without telling the layer
+            return result
 
         def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
             sd = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ...quantizers.apply import LoraMode, OnFailure, make_layer
 from ...quantizers.auto import DeviceFacts
 from ...quantizers.compat.modes import Carrier, OffloadMode
-from ...quantizers.errors import FileError, SpecError, near
+from ...quantizers.errors import FileError, SpecError
 from ...quantizers.memory import device_facts
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
-from ..base import path_inside
+from ..base import missing, path_inside
 from ..modules import with_layers
 from ..record import Recorder
 
@@ -47,18 +47,17 @@ class StandaloneHost:
         found = {name for root in self._roots(folder) for name in _files_below(root)}
         return sorted(n for n in found if not suffixes or n.lower().endswith(suffixes))
 
-    def resolve(self, folder: str, name: str) -> Path:
+    def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
         for root in self._roots(folder):
             # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
             path = Path(os.path.normpath(root / name))
             if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
-        files = self.list_files(folder)
+        files = self.list_files(folder, suffixes)
         searched = ", ".join(str(root) for root in self._roots(folder))
         if not searched:
             raise FileError(f"'{name}' cannot be found: there is no folder '{folder}' in {self._shown()}.")
-        there = ", ".join(files[:20]) or "nothing"
-        raise FileError(f"'{name}' is not in {searched}.{near(name, files)}\nFiles there: {there}.")
+        raise FileError(missing(name, searched, files, suffixes))
 
     def components(self, model: Any) -> dict[str, nn.Module]:
         from .models import DiffusionModel

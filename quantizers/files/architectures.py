@@ -12,12 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import FileError
 from ..weight import TensorMeta
 from .layouts.diffusers import diffusers_to_comfyui
 from .layouts.target import Piece, Target, target
 from .signatures import ADAPTERS, IMAGE, OTHERS, SIGNATURES, TEXT, Signature
+
+if TYPE_CHECKING:
+    from .layouts.llama_cpp import Heads
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "unet.", "model.", "")
 # Parts of a checkpoint beside the diffusion model, where that has no prefix.
@@ -60,6 +64,18 @@ def detect(metas: Mapping[str, TensorMeta]) -> Found:
     Raises:
         FileError: nothing is there, or nothing that is known; the message says what was seen.
     """
+    found = recognise(metas)
+    if found is None:
+        raise FileError(f"No known diffusion model or text encoder: {_seen(metas)}\n{_nearest(metas)}")
+    return found
+
+
+def recognise(metas: Mapping[str, TensorMeta]) -> Found | None:
+    """`detect`, but None for what is nothing that is known.
+
+    Raises:
+        FileError: nothing is there, or something known that is no model: a LoRA, a VAE, ...
+    """
     if not metas:
         raise FileError("The file holds no tensors.\nGive the file of a diffusion model or of a text encoder.")
     _refuse(ADAPTERS, metas, "")
@@ -72,23 +88,24 @@ def detect(metas: Mapping[str, TensorMeta]) -> Found:
     for signature in SIGNATURES:
         if signature.component == TEXT and not _missing(signature, names):
             return _found(signature, _text_prefix(metas))
-    seen = _seen(metas)
-    _refuse(OTHERS, metas, seen)
-    raise FileError(f"No known diffusion model or text encoder: {seen}\n{_nearest(metas)}")
+    _refuse(OTHERS, metas, _seen(metas))
+    return None
 
 
-def comfyui_targets(found: Found, metas: Mapping[str, TensorMeta]) -> list[Target]:
+def comfyui_targets(found: Found, metas: Mapping[str, TensorMeta], heads: Heads | None = None) -> list[Target]:
     """The tensors under the names that ComfyUI reads, without prefix.
 
     Text encoders get those of transformers, which ComfyUI reads.
 
+    Args:
+        heads: of a text encoder, see `text_keys.find_heads`; None takes heads 128 wide where rows depend on it.
     Raises:
         FileError: a tensor that has no place there, or a file that is not complete.
     """
     if found.component == TEXT and found.layout == "llama.cpp":
         from .layouts.llama_cpp import llama_cpp_to_transformers
 
-        return llama_cpp_to_transformers(found.architecture, metas)
+        return llama_cpp_to_transformers(found.architecture, metas, heads)
     names = _below(metas, found.prefix)
     if found.layout == "diffusers":
         return diffusers_to_comfyui(found.family, names, found.prefix)
@@ -100,9 +117,11 @@ def comfyui_targets(found: Found, metas: Mapping[str, TensorMeta]) -> list[Targe
     ]
 
 
-def gguf_targets(found: Found, metas: Mapping[str, TensorMeta]) -> list[Target]:
+def gguf_targets(found: Found, metas: Mapping[str, TensorMeta], heads: Heads | None = None) -> list[Target]:
     """The tensors of a GGUF file of it: ComfyUI's names for diffusion models, llama.cpp's for text encoders.
 
+    Args:
+        heads: as `comfyui_targets`.
     Raises:
         FileError: as `comfyui_targets`, and a text encoder that llama.cpp's names do not fit.
     """
@@ -112,7 +131,7 @@ def gguf_targets(found: Found, metas: Mapping[str, TensorMeta]) -> list[Target]:
         return [target(name, (Piece(name),), metas) for name in metas]
     from .layouts.llama_cpp import transformers_to_llama_cpp
 
-    return transformers_to_llama_cpp(found.architecture, metas)
+    return transformers_to_llama_cpp(found.architecture, metas, heads)
 
 
 def _canonical(name: str) -> str:

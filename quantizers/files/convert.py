@@ -38,11 +38,11 @@ from ..registry import get_quantizer
 from ..report import Entry, QuantReport, versions
 from ..spec import QuantSpec
 from ..weight import QuantizedWeight
-from .convert_plan import DTYPES, Conversion, source_nbytes
+from .convert_plan import DTYPES, Conversion, Request, source_nbytes
 from .gguf_layout import Place
 from .journal import Partial, partial
 from .recipes import Choice
-from .sources import Assembled, Stored, decode
+from .sources import Assembled, Source, Stored, decode
 
 log = logging.getLogger(__name__)
 SLAB_NUMEL = 1 << 20
@@ -88,13 +88,15 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
         notes=list(conversion.notes), warnings=list(conversion.warnings), family=conversion.found.architecture,
     )  # fmt: skip
     start = time.perf_counter()
-    with partial(request.target, conversion.total, _identity(conversion), conversion.resumable) as file:
+    head, inputs = _identity(conversion), input_files(request, conversion.source)
+    with partial(request.target, conversion.total, head, conversion.resumable, request.overwrite, inputs) as file:
         if file.note:
             report.notes.append(file.note)
         if not file.done:
             file.write(conversion.head, 0)
+            file.write(conversion.tail, conversion.total - len(conversion.tail))
         advance = advance or (lambda nbytes: None)
-        advance(len(conversion.head))
+        advance(len(conversion.head) + len(conversion.tail))
         entries = _write(conversion, file, advance)
         conversion.source.check_unchanged()
     report.entries = [entries[c.target.name] for c in conversion.choices]
@@ -102,6 +104,12 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
         report.notes.append(f"SQNR and errors are of one row in {SAMPLED}; nan and inf were looked for in all values")
     report.seconds = time.perf_counter() - start
     return report
+
+
+def input_files(request: Request, source: Source) -> list[Path]:
+    """What must not be overwritten while it is read."""
+    files = [request.source, *source.files] if source.files else []
+    return files if request.imatrix is None else [*files, request.imatrix]
 
 
 def _main_format(conversion: Conversion) -> str:
@@ -114,7 +122,6 @@ def _identity(conversion: Conversion) -> dict[str, Any]:
     request = conversion.request
     options = [conversion.imatrix is not None and _file_hash(cast(Path, request.imatrix)), request.measure]
     return {
-        "journal": 1,
         "source": conversion.source.identity(),
         "type": conversion.recipe.name,
         "options": options,

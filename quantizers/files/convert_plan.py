@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,25 +16,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..apply import FLOAT_DTYPES
 from ..backends.gguf.types import TYPES, format_id
-from ..errors import FileError, SpecError, WeightError
-from ..registry import require
+from ..errors import FileError, SpecError, WeightError, near
+from ..registry import format_ids, get_entry, require
 from ..report import MIB
 from ..rules import Rule
 from ..weight import TensorMeta
-from .architectures import PREFIXES, Found, comfyui_targets, detect, gguf_targets
+from .architectures import OTHER_PARTS, PREFIXES, Found, comfyui_targets, detect, gguf_targets, recognise
 from .gguf_layout import QUANTIZATION_VERSION, Place, general_keys, layout, number, raw_keys, text, total_nbytes
 from .imatrix import Imatrix, read_imatrix
+from .layouts.llama_cpp import Heads
 from .layouts.target import Target
 from .quantized_file import NAMES
-from .recipes import FLOATS, Choice, Recipe, choose, find_recipe, nbytes
+from .recipes import FLOATS, PLAIN, Choice, Recipe, choose, choose_plain, find_recipe, nbytes
+from .signatures import IMAGE, SIGNATURES
 from .sources import GgufSource, Source, open_source
-from .text_keys import text_keys
+from .stacks import missing_from_one, refuse_gaps
+from .text_keys import (
+    find_heads,
+    key_name,
+    known_architecture,
+    renamed_key,
+    text_keys,
+    text_warnings,
+    tokenizer_tensors,
+    tokenizers,
+    vision_tensors,
+)
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in PLAIN.items()}
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 SHOWN = 5
 
@@ -77,6 +89,7 @@ class Conversion:
         places: of the tensors, in the same order.
         total: bytes of the file.
         notes, warnings: for the report.
+        tail: bytes behind the tensors, the last of the file: a text encoder's tokenizer.
     """
 
     request: Request
@@ -91,6 +104,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     resumable: bool = True
+    tail: bytes = b""
 
 
 def plan_conversion(request: Request) -> Conversion:
@@ -102,8 +116,9 @@ def plan_conversion(request: Request) -> Conversion:
         BackendUnavailable: a library that the type needs is missing.
     """
     refuse_target(request)
-    recipe = find_recipe(request.type)
-    if request.target.suffix.lower() == SAFETENSORS and recipe.name not in FLOATS:
+    plain = request.target.suffix.lower() == SAFETENSORS
+    recipe = find_recipe(request.type, native_formats() if plain or request.type.lower().startswith("comfy") else ())
+    if plain and recipe.name not in FLOATS:
         raise SpecError(
             f"A safetensors file cannot hold the GGUF type {recipe.name}.\n"
             f"Use {', '.join(FLOATS)} or a comfy format for {SAFETENSORS}, or name the target *{GGUF}."
@@ -112,6 +127,11 @@ def plan_conversion(request: Request) -> Conversion:
     if any(_same(request.target, file) for file in source.files):
         raise FileError(f"'{request.target}' is the source itself.\nGive the new file another name.")
     return plan_tensors(request, source, recipe)
+
+
+def native_formats() -> list[str]:
+    """The formats of ComfyUI's own quantized files."""
+    return [f for f in format_ids() if get_entry(f).backend == "comfy"]
 
 
 def refuse_target(request: Request) -> None:
@@ -125,7 +145,7 @@ def refuse_target(request: Request) -> None:
         raise FileError(f"{request.target}: is a folder.\nGive the name of a file.")
     if _same(request.source, request.target):
         raise FileError(f"'{request.target}' is the source itself.\nGive the new file another name.")
-    if request.target.exists() and not request.overwrite:
+    if os.path.lexists(request.target) and not request.overwrite:
         raise FileError(f"{request.target}: is there already.\nUse --overwrite to replace it, or give another name.")
 
 
@@ -143,36 +163,94 @@ def plan_tensors(request: Request, source: Source, recipe: Recipe, extra: Sequen
         extra: GGUF keys of the caller's in place of `quantwire.recipe`.
     """
     gguf = request.target.suffix.lower() == GGUF
-    metas, dropped = floats(source)
-    found = find_model(request, metas)
-    targets = gguf_targets(found, metas) if gguf else comfyui_targets(found, metas)
-    refuse_dtypes(source, targets)
+    model = read_model(request, source)
+    found, targets = model.found, model.targets
     imatrix = read_imatrix(request.imatrix) if request.imatrix is not None else None
     importance = None if imatrix is None else {t.name for t in targets if imatrix.find(t.name) is not None}
-    choices, notes = choose(found, targets, recipe, request.rules, request.exclude, request.include, importance)
-    if not gguf:
-        choices = [c if c.change == "rule" else dataclasses.replace(c, kind=recipe.base) for c in choices]
+    patterns = request.rules, request.exclude, request.include
+    if gguf:
+        choices, notes = choose(found, targets, recipe, *patterns, importance)
+    else:
+        choices, notes = choose_plain(targets, recipe, *patterns), []
     for kind in dict.fromkeys(c.kind for c in choices if c.kind in TYPES):
         require(format_id(kind))
     _check_importance(request, imatrix, choices)
     tensors = [(c.target.name, c.kind, c.target.shape) for c in choices]
     if gguf:
-        head, places = layout([*_keys(request, source, found, recipe, extra)], tensors)
+        head, places = layout([*_keys(request, source, model, recipe, extra)], tensors)
         total = total_nbytes(head, places)
     else:
-        head, places = safetensors_layout(tensors, metadata_strings(source))
-        total = max((p.start + p.nbytes for p in places), default=len(head))
-    more_notes, warnings = _remarks(request, source, found, choices, dropped, importance, imatrix)
+        head, places = safetensors_layout(tensors, metadata_strings(source), model.words)
+        total = max((p.start + p.nbytes for p in places), default=len(head)) + model.words_nbytes
+    more_notes, warnings = _remarks(request, source, found, choices, importance, imatrix)
     return Conversion(
         request, source, found, recipe, tuple(choices), head, tuple(places), total, imatrix,
-        (*notes, *more_notes), tuple(warnings), resumable=bool(source.files),
+        (*notes, *more_notes, *model.notes), (*model.warnings, *warnings), resumable=bool(source.files),
+        tail=b"".join(model.words.values()),
     )  # fmt: skip
 
 
-def refuse_dtypes(source: Source, targets: Sequence[Target]) -> None:
-    """Raises:
-    WeightError: values that are neither blocks nor float32, float16 or bfloat16.
+@dataclass(frozen=True)
+class Model:
+    """What a source holds.
+
+    Attributes:
+        targets: the tensors to make.
+        heads: of a text encoder, where the rows of some depend on them.
+        words: its tokenizer as tensors of bytes, for a safetensors file.
+        notes: what is left out.
+        warnings: what makes it doubtful.
     """
+
+    found: Found
+    targets: tuple[Target, ...]
+    heads: Heads | None
+    words: Mapping[str, bytes]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def words_nbytes(self) -> int:
+        return sum(map(len, self.words.values()))
+
+
+def read_model(request: Request, source: Source) -> Model:
+    """Recognise the model and lay out the tensors of the new file, from the source's header alone.
+
+    Raises:
+        FileError: an unknown or incomplete model.
+        SpecError: an architecture that is none, or not one of this kind of model.
+        WeightError: values that are neither blocks nor float32, float16 or bfloat16.
+    """
+    metas, dropped = floats(source)
+    found, warnings = find_model(request, metas)
+    found = found if request.architecture else known_architecture(found, source)
+    heads, doubt = find_heads(found, source)
+    gguf = request.target.suffix.lower() == GGUF
+    if gguf and request.architecture and found.layout == "llama.cpp":
+        comfyui_targets(found, metas, heads)  # refuses tensors of another architecture than the one asked for
+    targets = gguf_targets(found, metas, heads) if gguf else comfyui_targets(found, metas, heads)
+    _refuse_dtypes(source, targets)
+    words, doubts = ({}, []) if gguf else tokenizers(found, source, [t.name for t in targets])
+    warnings += [*doubts, *text_warnings(found, source, targets, gguf, doubt)]
+    if found.component == IMAGE:
+        names = [t.name for t in targets]
+        refuse_gaps(source.label, names)
+        missing = missing_from_one(names)
+        if missing:
+            warnings.append(
+                f"{len(missing)} tensors are missing in one block and there in all others like it: {_shown(missing)}; "
+                "loaders fill them with anything"
+            )
+    notes = [*_left_out(source, found, targets, dropped), *(f"tokenizer: {name}" for name in words)]
+    return Model(found, tuple(targets), heads, words, tuple(notes), tuple(warnings))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _refuse_dtypes(source: Source, targets: Sequence[Target]) -> None:
     for meta in (source.metas[p.source] for t in targets for p in t.pieces):
         if meta.dtype not in FLOAT_DTYPES:
             raise WeightError(
@@ -181,19 +259,38 @@ def refuse_dtypes(source: Source, targets: Sequence[Target]) -> None:
             )
 
 
-def find_model(request: Request, metas: Mapping[str, TensorMeta]) -> Found:
-    """What the tensors say, or the user.
+def find_model(request: Request, metas: Mapping[str, TensorMeta]) -> tuple[Found, list[str]]:
+    """What the tensors say, or the user, and warnings where they differ.
 
     Raises:
-        FileError: what `detect` raises, where the user names no architecture.
+        FileError: what `detect` raises; where the user names an architecture, only what is known to be no model.
+        SpecError: an architecture that is none, or of the other kind of model.
     """
-    if not request.architecture:
-        return detect(metas)
-    try:
-        return dataclasses.replace(detect(metas), architecture=request.architecture)
-    except FileError:
+    asked = request.architecture
+    if not asked:
+        return detect(metas), []
+    components = {s.architecture: s.component for s in SIGNATURES}
+    if asked not in components:
+        raise SpecError(
+            f"Unknown architecture '{asked}'.{near(asked, components)}\nArchitectures: {', '.join(sorted(components))}."
+        )
+    # What stands beside a model in a checkpoint does not tell what an unknown one is.
+    found = recognise({n: m for n, m in metas.items() if not OTHER_PARTS.match(n)} or metas)
+    if found is None:
+        if components[asked] != IMAGE:
+            return detect(metas), []  # raises: llama.cpp's names cannot be given to what is not known
         prefix = next((p for p in PREFIXES if p and any(n.startswith(p) for n in metas)), "")
-        return Found(request.architecture, "diffusion model", "comfyui", prefix, ("--arch",))
+        warning = f"no model that is known by its tensors; taken for {asked} as asked for, in ComfyUI's names"
+        return Found(asked, IMAGE, "comfyui", prefix, ("asked for",)), [warning]
+    if components[asked] != found.component:
+        raise SpecError(
+            f"'{asked}' is the architecture of a {components[asked]}, and the file holds a {found.component} "
+            f"({found.architecture}).\nLeave the architecture out."
+        )
+    if asked == found.architecture:
+        return found, []
+    warning = f"architecture {asked} as asked for, though the tensors are those of {found.architecture}"
+    return dataclasses.replace(found, architecture=asked), [warning]
 
 
 def floats(source: Source) -> tuple[dict[str, TensorMeta], list[str]]:
@@ -206,15 +303,19 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     return not name.endswith((".weight", ".bias")) and (len(shape) < 2 or name.endswith("_ids"))
 
 
-def _keys(request: Request, source: Source, found: Found, recipe: Recipe, extra: Sequence[bytes]) -> Iterator[bytes]:
+def _keys(request: Request, source: Source, model: Model, recipe: Recipe, extra: Sequence[bytes]) -> Iterator[bytes]:
+    found = model.found
     yield text("general.architecture", found.architecture)
     yield number("general.quantization_version", QUANTIZATION_VERSION)
     yield number("general.file_type", recipe.file_type)
     if isinstance(source, GgufSource):
-        yield from raw_keys(source.path)
+        declared = source.strings.get("general.architecture", "")
+        held = [renamed_key(key, declared, found.architecture) for key in raw_keys(source.path)]
     else:
-        yield from general_keys(source.strings)
-        yield from text_keys(found, source)
+        held = general_keys(source.strings)
+    yield from held
+    names = set(map(key_name, held))
+    yield from (key for key in text_keys(found, source, model.heads) if key_name(key) not in names)
     if extra:
         yield from extra
         return
@@ -236,9 +337,13 @@ def metadata_strings(source: Source) -> dict[str, str]:
 
 
 def safetensors_layout(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], words: Mapping[str, bytes]
 ) -> tuple[bytes, list[Place]]:
-    """The header of a safetensors file and the places of its tensors, the largest dtypes first."""
+    """The header of a safetensors file and the places of its tensors, the largest dtypes first.
+
+    Args:
+        words: tensors of bytes, which come last, since their size would misalign what follows.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}
     at = 0
@@ -247,6 +352,9 @@ def safetensors_layout(
         entries[name] = {"dtype": NAMES[DTYPES[kind]], "shape": list(shape), "data_offsets": [at, at + size]}
         starts[name] = at
         at += size
+    for name, data in words.items():
+        entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
+        at += len(data)
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-(len(raw) + 8) % 64)
     head = struct.pack("<Q", len(raw)) + raw
@@ -279,7 +387,6 @@ def _remarks(
     source: Source,
     found: Found,
     choices: Sequence[Choice],
-    dropped: Sequence[str],
     importance: set[str] | None,
     imatrix: Imatrix | None,
 ) -> tuple[list[str], list[str]]:
@@ -310,12 +417,10 @@ def _remarks(
         strange = [n for n in imatrix.entries if n not in importance]
         if strange:
             warnings.append(f"{len(strange)} names of the importance matrix are not in the model, such as {strange[0]}")
-    used = {p.source for c in choices for p in c.target.pieces}
-    others = [n for n in source.metas if n not in used and n not in set(dropped)]
-    if others:
-        notes.append(f"left out: {len(others)} tensors that are no part of this model, such as {others[0]}")
-    if dropped:
-        notes.append(f"left out: {len(dropped)} integer buffers, such as {dropped[0]}")
+    rounded = [c for c in choices if " rounded to " in c.reason]
+    if rounded:
+        first = rounded[0]
+        notes.append(f"{len(rounded)} kept tensors are rounded, such as {first.target.name} ({first.reason})")
     long = [c.target.name for c in choices if len(c.target.name.encode()) > 63]
     if long and request.target.suffix.lower() == GGUF:
         notes.append(
@@ -323,6 +428,21 @@ def _remarks(
             "ComfyUI-GGUF, diffusers and this pack read them"
         )
     return notes, warnings
+
+
+def _left_out(source: Source, found: Found, targets: Sequence[Target], dropped: Sequence[str]) -> list[str]:
+    """Notes on tensors of the source that are not in the new file, without those that `text_warnings` tells of."""
+    used = {p.source for t in targets for p in t.pieces}
+    told = {*dropped, *vision_tensors(found, source, used)}
+    others = [n for n in source.metas if n not in used and n not in told]
+    held = tokenizer_tensors(found, source)
+    buffers = [n for n in dropped if n not in held]
+    notes: list[str] = []
+    if others:
+        notes.append(f"left out: {len(others)} tensors that are no part of this model, such as {others[0]}")
+    if buffers:
+        notes.append(f"left out: {len(buffers)} integer buffers, such as {buffers[0]}")
+    return notes
 
 
 def _requantized(source: Source, c: Choice) -> bool:

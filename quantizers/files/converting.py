@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,11 +39,28 @@ class Description:
 
 
 def describe(request: Request) -> Description:
-    """What a conversion would do; raises what it would raise before any work."""
-    planned = _plan(request)
+    """What a conversion would do; raises what it would raise before any work.
+
+    What only stands in the way of writing the file is a warning.
+    """
+    planned = _plan(dataclasses.replace(request, overwrite=True))
     if isinstance(planned, native.NativeConversion):
-        return Description(native.dry_run(planned), native.dry_run_json(planned))
-    return Description(dry_run(planned), dry_run_json(planned))
+        lines, data = native.dry_run(planned), native.dry_run_json(planned)
+    else:
+        lines, data = dry_run(planned), dry_run_json(planned)
+    obstacles = _obstacles(request)
+    data["warnings"] += obstacles
+    return Description("\n".join([lines, *(f"WARNING: {o}" for o in obstacles)]), data)
+
+
+def _obstacles(request: Request) -> list[str]:
+    """Why the file could not be written as things are."""
+    target = request.target
+    found = [f"{target} is there already; --overwrite replaces it"] if target.exists() and not request.overwrite else []
+    folder = next(p for p in target.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        found.append(f"{target} cannot be written: '{folder}' is not a writable folder")
+    return found
 
 
 def convert(request: Request, bars: Bars) -> QuantReport:

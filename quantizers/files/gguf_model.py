@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, read_gguf
 from .gguf_header import MAGIC
 from .gguf_kind import kind_of, refuse_for_model
 from .layouts.target import Target, apply, assemble
+from .safetensors_header import MAX_HEADER_NBYTES
 
 Value = Tensor | QuantizedWeight
 SD1_CONTEXT = 768  # SD 1 has convolutions around its transformers, SD 2 (1,024) and SDXL (2,048) linear layers
@@ -104,11 +105,13 @@ def in_rows(weight: QuantizedWeight) -> bool:
 def _refuse_other_files(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            head = file.read(len(MAGIC))
+            head = file.read(9)
     except OSError as err:
         raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
-    if head and not MAGIC.startswith(head):
-        raise FileError(f"{path.name}: not a GGUF file (it begins with {head!r}).\nOpen it with the UNETLoader node.")
+    if head and not MAGIC.startswith(head[: len(MAGIC)]):
+        safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_NBYTES
+        todo = "Open it with the UNETLoader node." if safetensors else "It is damaged, or something else; get it again."
+        raise FileError(f"{path.name}: not a GGUF file (it begins with {head[: len(MAGIC)]!r}).\n{todo}")
 
 
 def _meta(name: str, value: Value) -> TensorMeta:

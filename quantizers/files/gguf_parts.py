@@ -49,6 +49,14 @@ def read_gguf_parts(path: Path, types: Types | None = None) -> tuple[GgufPart, .
     return parts
 
 
+def named_parts(path: Path) -> list[Path]:
+    """The files of a model as the name of one of them tells, which costs no read; there or not."""
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [path]
+    return _part_paths(path, int(match[3]))
+
+
 def _part_paths(path: Path, count: int) -> list[Path]:
     match = PART_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count or not 1 <= int(match[2]) <= count:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SUMS, COUNTS, PLAIN_SUMS = ".in_sum2", ".counts", ".in_sum"
 MAX_NAME_NBYTES = 63  # of a tensor in ggml's own reader; ours and ComfyUI-GGUF's take longer ones
+MAX_CHUNKS = (1 << 32) - 1
 _U32, _STRING, _ARRAY, _F32 = 4, 8, 9, 0
 
 
@@ -87,20 +88,23 @@ def merge(matrices: Sequence[Imatrix]) -> Imatrix:
     """One matrix of several: sums and counts add.
 
     Raises:
-        FileError: sizes differ, or only some of them count inputs.
+        FileError: sizes differ, only some of them count inputs, or there are more calls than a file can say.
     """
     if len({m.calls_only for m in matrices}) > 1:
         raise FileError(
             "Importance matrices from before GGUF (.dat) count calls, the others inputs, so their sums do not add up.\n"
             "Convert the .dat file with llama-imatrix first."
         )
+    chunks = sum(m.chunk_count for m in matrices)
+    if chunks > MAX_CHUNKS:
+        raise FileError(f"Importance matrices of {chunks} model calls together: a file holds {MAX_CHUNKS} at most.")
     entries: dict[str, Sums] = {}
     for name, sums in (item for m in matrices for item in m.entries.items()):
         entries[name] = _added(name, entries[name], sums) if name in entries else sums
     return Imatrix(
         entries,
         tuple(d for m in matrices for d in m.datasets),
-        sum(m.chunk_count for m in matrices),
+        chunks,
         max((m.chunk_size for m in matrices), default=0),
         any(m.calls_only for m in matrices),
     )
@@ -148,8 +152,11 @@ def _read_gguf(path: Path, file: BinaryIO) -> Imatrix:
     if not entries:
         raise FileError(f"{path.name}: an importance matrix without entries.")
     numbers = [header.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size")]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise FileError(f"{path.name}: imatrix.chunk_count and imatrix.chunk_size are {numbers}, expected numbers.")
+    if not all(isinstance(n, int) and 0 <= n <= MAX_CHUNKS for n in numbers):
+        raise FileError(
+            f"{path.name}: imatrix.chunk_count and imatrix.chunk_size are {numbers}, expected numbers of 32 bits.\n"
+            "Record the matrix again."
+        )
     datasets = read_array(path, header, "imatrix.datasets") if "imatrix.datasets" in header.located else ()
     return Imatrix(entries, tuple(map(str, datasets)), int(numbers[0]), int(numbers[1]))
 

@@ -16,15 +16,17 @@ POLL_S = 0.05
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], object] | None = None) -> Generator[None]:
+def locked(path: Path, waiting: Callable[[], object] | None = None) -> Generator[bool]:
     """Hold the lock of a file inside the block; the operating system lets go of it when the process dies.
 
-    Where the file system has no locks the block runs without, with a warning: what is done under a lock here stays
-    right without it and is at worst done twice.
+    Where the file system has no locks the block runs without, with a warning, and is told so: it must stay right
+    without, even if what it does is then done twice.
 
     Args:
         path: made if missing, removed afterwards.
         waiting: called again and again while somebody else holds the lock; may raise to give up.
+    Yields:
+        whether the lock is held.
     """
     fd = None
     while fd is None:
@@ -38,7 +40,7 @@ def locked(path: Path, waiting: Callable[[], object] | None = None) -> Generator
                 waiting()  # outside the try: it may give up with an OSError
             time.sleep(POLL_S)
     try:
-        yield
+        yield fd is not None
     finally:
         if fd is not None:
             # Windows removes no open file; there the empty file stays.

@@ -2,13 +2,17 @@
 
 A recipe is a base type and upgrades by the role of a tensor (attention v, attention output, the way down of an MLP) and
 its place among the layers of its kind. The choices for language models are llama.cpp's (`llama_tensor_get_type_impl` in
-ggml-org/llama.cpp src/llama-quant.cpp); those for fused qkv matrices of image models are the ones of the patch with
-which most image files in circulation were made (city96/ComfyUI-GGUF tools/lcpp.patch). Beyond both, the modulation of
-image models goes up by one type in recipes that have upgrades at all, where it is too large to stay whole.
+ggml-org/llama.cpp src/llama-quant.cpp). Fused qkv matrices of image models follow the patch with which most image files
+in circulation were made (city96/ComfyUI-GGUF tools/lcpp.patch) where it changes them: Q3_K_M, Q3_K_L, IQ3_M, Q4_K_M and
+Q5_K_M. It leaves them at the base type elsewhere (or has no such recipe); there they go up as v does, as llama.cpp has
+it for language models (`category_is_attn_v`), since a third of them is v: Q2_K, Q4_K_S (first four blocks), IQ3_XXS and
+the recipes below. Beyond both, the modulation of image models goes up by one type in recipes that have upgrades at all,
+where it is too large to stay whole.
 
-What stays whole is said by `families.py` for diffusion models and by llama.cpp for text encoders. Kept matrices of
-linear layers stay 16 bits wide; everything that is no linear weight (norms, biases, free parameters, convolutions) is
-F32 or F16, since ComfyUI-GGUF and diffusers read BF16 only as the weight of a linear layer.
+What stays whole is said by `families.py` for diffusion models and by llama.cpp for text encoders; what the user keeps
+loses nothing. Everything that is no linear weight (norms, biases, free parameters, convolutions) is F32 or F16, since
+ComfyUI-GGUF and diffusers read BF16 only as the weight of a linear layer; F32 they read everywhere. Kept matrices of a
+float32 model are F32 up to `KEPT_NUMEL`; beyond it they are rounded to BF16, and the reason says so.
 
 Where a row is no whole number of blocks, the tensor falls back to a type of smaller blocks, as in llama.cpp.
 """
@@ -34,6 +38,8 @@ from .layouts.target import Target
 
 FLOATS = ("F32", "F16", "BF16")
 SMALL_NUMEL = 1 << 16  # tensors that are no linear weights stay F32 up to here
+KEPT_NUMEL = 1 << 24  # float32 weights of linear layers that are kept by built-in rules stay F32 up to here
+PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # (type, where): every layer of the kind, or those that llama.cpp's formulas choose; the first that applies counts.
 Upgrade = tuple[tuple[str, str], ...]
 GROUPED = 4  # query heads for each key and value head from which llama.cpp spends more bits on v
@@ -232,9 +238,11 @@ def nbytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // t.block * t.nbytes
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, others: Sequence[str] = ()) -> Recipe:
     """A recipe by its name, in any case, or by a format id (`gguf-q4-k`: that type for all, without upgrades).
 
+    Args:
+        others: what the user may have meant in place of a GGUF type, for the message.
     Raises:
         SpecError: no such type; with the nearest names.
     """
@@ -248,6 +256,13 @@ def find_recipe(name: str) -> Recipe:
         upper = ALIASES.get(upper, upper)
         if upper in RECIPES:
             return RECIPES[upper]
+    if others:
+        within = [n for n in others if asked.lower() in n]
+        close = f" Did you mean {', '.join(within[:3])}?" if within else near(asked.lower(), others)
+        raise SpecError(
+            f"Unknown type '{asked}'.{close or near(asked.upper(), RECIPES)}\n"
+            f"A safetensors file takes {', '.join([*FLOATS, *others])}; a GGUF file {', '.join(RECIPES)}."
+        )
     names = [*RECIPES, *ALIASES]
     raise SpecError(f"Unknown GGUF type '{asked}'.{near(asked.upper(), names)}\nTypes: {', '.join(RECIPES)}.")
 
@@ -313,17 +328,70 @@ def choose(
     return choices, notes
 
 
+def choose_plain(
+    targets: Sequence[Target],
+    recipe: Recipe,
+    rules: Sequence[Rule] = (),
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> list[Choice]:
+    """`choose` for a safetensors file of plain values: the recipe's type for all but what the user says.
+
+    Raises:
+        SpecError: a pattern that matches nothing or contradicts another, or a rule with a type other than plain ones.
+    """
+    known = {kind.lower(): kind for kind in FLOATS} | {KEEP: KEEP}
+    for rule in rules:
+        if rule.target.strip().lower() not in known:
+            raise SpecError(
+                f"Rule '{rule}': a safetensors file of {recipe.base} cannot hold {rule.target}.\n"
+                f"Rules may name {', '.join(known.values())} here; GGUF types need a target *.gguf."
+            )
+    rules = [dataclasses.replace(rule, target=known[rule.target.strip().lower()]) for rule in rules]
+    matrices = [layer_name(t.name) for t in targets if len(t.shape) > 1]
+    hits = resolve(rules, exclude, include, matrices)
+    choices: list[Choice] = []
+    for t in targets:
+        hit = hits.get(layer_name(t.name)) if len(t.shape) > 1 else None
+        if hit is None:
+            choices.append(Choice(t, recipe.base, f"{recipe.base} asked for"))
+        elif hit.target == KEEP:
+            choices.append(Choice(t, PLAIN[t.dtype], _why_kept(hit)))
+        else:
+            choices.append(Choice(t, hit.target, f"rule '{hit.source}'", "rule"))
+    return choices
+
+
 def is_linear(t: Target) -> bool:
     """Whether a tensor is, by its name and shape, the weight of a linear layer or an embedding."""
     return len(t.shape) == 2 and t.name.endswith(".weight") and 0 not in t.shape and not _NOT_LINEAR.search(t.name)
 
 
 def kept_kind(t: Target) -> str:
-    """The type of a tensor that is not quantized."""
+    """The type of a tensor that built-in rules keep."""
     if is_linear(t):
-        return "F16" if t.dtype is torch.float16 else "BF16"
+        return "BF16" if t.dtype is torch.float32 and math.prod(t.shape) > KEPT_NUMEL else PLAIN[t.dtype]
     small = len(t.shape) < 2 or len(t.shape) > 4 or math.prod(t.shape) <= SMALL_NUMEL or not t.name.endswith(".weight")
     return "F32" if small else "F16"
+
+
+def exact_kind(t: Target) -> str:
+    """The type of a tensor that the user keeps: one that holds all of its values."""
+    if is_linear(t):
+        return PLAIN[t.dtype]
+    return kept_kind(t) if t.dtype is torch.float16 else "F32"
+
+
+def _kept(t: Target, why: str) -> Choice:
+    """What built-in rules keep; the reason says where that rounds values."""
+    kind = kept_kind(t)
+    if kind in ("F32", PLAIN[t.dtype]):
+        return Choice(t, kind, why)
+    return Choice(t, kind, f"{why}; {PLAIN[t.dtype]} rounded to {kind}")
+
+
+def _why_kept(hit: Hit) -> str:
+    return "excluded" if hit.source.startswith("exclude=") else f"rule '{hit.source}'"
 
 
 def _kept_text(linear: Mapping[str, TensorMeta]) -> dict[str, str]:
@@ -416,15 +484,14 @@ def _choice(
     if hit is not None and hit.target != KEEP:
         return Choice(t, hit.target, f"rule '{hit.source}'", "rule", quantized=True)
     if hit is not None:
-        why = "excluded" if hit.source.startswith("exclude=") else f"rule '{hit.source}'"
-        return Choice(t, kept_kind(t), why)
+        return Choice(t, exact_kind(t), _why_kept(hit))
     if recipe.base in FLOATS:
         whole = recipe.base == "F32" or is_linear(t) or (recipe.base == "F16" and len(t.shape) > 1)
-        return Choice(t, recipe.base if whole else kept_kind(t), f"{recipe.base} asked for")
+        return Choice(t, recipe.base, f"{recipe.base} asked for") if whole else _kept(t, "not a linear weight")
     if name not in linear or t.name != linear[name].name:
-        return Choice(t, kept_kind(t), "not a linear weight")
+        return _kept(t, "not a linear weight")
     if name in reasons:
-        return Choice(t, kept_kind(t), reasons[name])
+        return _kept(t, reasons[name])
     kind, role = kinds.of(name)
     if kind == recipe.base:
         return Choice(t, kind, "linear weight", quantized=True)

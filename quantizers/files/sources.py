@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import mmap
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from .layouts.target import Piece, Target, apply
 from .stream import TensorFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_NAME = re.compile(r"\.index(\.\w+)?\.json$")  # one of pickles, or of a variant such as fp16, too
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Where diffusers and transformers put the weights of one component.
 _NAMES = ("diffusion_pytorch_model", "model")
 
@@ -98,12 +102,12 @@ def open_source(path: Path) -> Source:
     """A source by the content of a file: safetensors, a `*.safetensors.index.json`, a diffusers folder, or GGUF.
 
     Raises:
-        FileError: missing, of another kind, damaged, or already quantized.
+        FileError: missing, of another kind, damaged, already quantized, or one of several parts.
     """
     if path.is_dir():
-        return SafetensorsSource(path, _in_folder(path))
-    if path.name.endswith(INDEX_SUFFIX):
-        return SafetensorsSource(path, _shards(path))
+        return _in_folder(path)
+    if INDEX_NAME.search(path.name):
+        return _joined(path, path)
     try:
         with open(path, "rb") as file:
             head = file.read(8)
@@ -113,11 +117,32 @@ def open_source(path: Path) -> Source:
         return GgufSource(path)
     pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
     if head[:2] == ZIP_MAGIC or pickled:
-        raise FileError(
-            f"{path.name}: a file of torch.save is not read, because reading one may run code.\n"
-            "Convert it to safetensors first."
-        )
+        raise _pickled(path.name)
+    _refuse_part(path)
     return SafetensorsSource(path, [path])
+
+
+def _pickled(name: str) -> FileError:
+    return FileError(
+        f"{name}: a file of torch.save is not read, because reading one may run code.\nConvert it to safetensors first."
+    )
+
+
+def _refuse_part(path: Path) -> None:
+    part = PART_NAME.fullmatch(path.name)
+    if part is None or int(part["count"]) < 2:
+        return
+    index = next((p for p in _indexes(path.parent) if p.name.startswith(f"{part['stem']}.")), None)
+    todo = (
+        f"Give their index '{index}', or the folder."
+        if index is not None
+        else f"Give the index of them, '{part['stem']}{INDEX_SUFFIX}', which is not beside it: download it too."
+    )
+    raise FileError(f"{path.name}: one of {int(part['count'])} parts of a model.\n{todo}")
+
+
+def _indexes(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.json") if INDEX_NAME.search(p.name))
 
 
 def _similar(path: Path) -> str:
@@ -127,35 +152,65 @@ def _similar(path: Path) -> str:
         return ""
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    """The weight files of one component; a whole pipeline is refused with the names of its components."""
+def _in_folder(folder: Path) -> SafetensorsSource:
+    """The weights of one component; a whole pipeline is refused with the names of its components."""
     for stem in _NAMES:
-        for path in (folder / f"{stem}{INDEX_SUFFIX}", folder / f"{stem}.safetensors"):
-            if path.is_file():
-                return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+        if (folder / f"{stem}{INDEX_SUFFIX}").is_file():
+            return _joined(folder, folder / f"{stem}{INDEX_SUFFIX}")
+        if (folder / f"{stem}.safetensors").is_file():
+            return SafetensorsSource(folder, [folder / f"{stem}.safetensors"])
+    raise FileError(f"{folder}: no weights of one model in this folder.\n{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder without weights that it is known by."""
+    indexes = _indexes(folder)
+    if indexes:
+        return f"Give one of its indexes: {', '.join(map(str, indexes))}."
+    parts = sorted(p.name for p in folder.glob("*.safetensors") if PART_NAME.fullmatch(p.name))
+    if parts:
+        stem = PART_NAME.fullmatch(parts[0])
+        name = f"{stem['stem'] if stem else _NAMES[0]}{INDEX_SUFFIX}"
+        return f"It holds {len(parts)} parts such as '{parts[0]}', but not their index.\nDownload '{name}' too."
     inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
-    what = (
-        f"Give one of its components: {', '.join(str(folder / name) for name in inside)}."
-        if inside
-        else (f"Expected {' or '.join(f'{stem}.safetensors' for stem in _NAMES)} there, or an index of them.")
-    )
-    raise FileError(f"{folder}: no weights of one model in this folder.\n{what}")
+    if inside:
+        return f"Give one of its components: {', '.join(str(folder / name) for name in inside)}."
+    pickle = next((p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
+    if pickle is not None:
+        return str(_pickled(pickle))
+    return f"Expected {' or '.join(f'{stem}.safetensors' for stem in _NAMES)} there, or an index of them."
 
 
-def _shards(index: Path) -> list[Path]:
+def _joined(path: Path, index: Path) -> SafetensorsSource:
+    """All the files of an index, which must hold the tensors that it names.
+
+    Args:
+        path: what the user gave.
+    """
     try:
         data: Any = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in data["weight_map"].values()})
+        where = {str(tensor): str(file) for tensor, file in data["weight_map"].items()}
     except OSError as err:
         raise FileError(f"{index}: cannot be read: {err.strerror}.") from err
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise FileError(f"{index.name}: not an index of safetensors files (no 'weight_map').") from err
+    names = sorted(set(where.values()))
     for name in names:
         if Path(name).name != name:
             raise FileError(f"{index.name}: names the file {name!r}, which is not beside it.")
+        if Path(name).suffix in PICKLES:
+            raise _pickled(name)
         if not (index.parent / name).is_file():
             raise FileError(f"{index.name}: the file '{name}' is missing.\nDownload it again.")
-    return [index.parent / name for name in names]
+    source = SafetensorsSource(path, [index.parent / name for name in names])
+    missing = [tensor for tensor in where if tensor not in source.metas]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise FileError(
+            f"{index.name}: '{missing[0]}'{more} is to be in '{where[missing[0]]}', which does not hold it.\n"
+            "Download that file and the index again, both from one place."
+        )
+    return source
 
 
 class SafetensorsSource:

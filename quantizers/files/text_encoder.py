@@ -21,19 +21,20 @@ from ..errors import FileError
 from ..weight import QuantizedWeight, TensorMeta
 from .architectures import detect
 from .checkpoint import Checkpoint, read_gguf
-from .gguf_header import MAGIC, GgufHeader, read_array, read_gguf_header
+from .gguf_header import MAGIC, GgufHeader, read_gguf_header
 from .gguf_kind import Kind, kind_of
 from .gguf_model import dequantized
 from .gguf_parts import read_gguf_parts
 from .layouts.llama_cpp import (
     ARCHITECTURES,
+    ASSUMED_HEADS,
     PATCH_EMBEDDING,
-    Heads,
+    gguf_heads,
     llama_cpp_to_transformers,
     mmproj_to_transformers,
 )
 from .layouts.target import Target, Value, apply, assemble
-from .vocabulary import PREFIX, sentencepiece_model, tekken_json
+from .vocabulary import read_vocabulary
 
 WITH_VISION = ("qwen2vl",)  # architectures whose vision part is read
 # One tensor of each kind of text encoder in the layout of ComfyUI and transformers.
@@ -85,22 +86,14 @@ class TextFile:
         Raises:
             FileError: the file has no such vocabulary.
         """
-        make = {"spiece_model": sentencepiece_model, "tekken_model": tekken_json}[name]
-        wanted = ("tokens", "token_type") if name == "tekken_model" else ("tokens", "scores", "token_type")
-        wanted = (*wanted, *(n for n in ("precompiled_charsmap",) if self._has(n)))
         try:
-            first = read_gguf_parts(self.path)[0].path
-            arrays = {n: read_array(first, self.header, PREFIX + n) for n in wanted}
-            return make(self.header.metadata, arrays)
+            return read_vocabulary(read_gguf_parts(self.path)[0].path, self.header, name)
         except FileError as err:
             raise FileError(
                 f"{self.path.name}: no tokenizer: {str(err).splitlines()[0].rstrip('.')}.\n"
                 "ComfyUI has none for this text encoder, so the file must bring one: take a GGUF file that llama.cpp's "
                 "convert_hf_to_gguf.py made, or the safetensors file."
             ) from err
-
-    def _has(self, name: str) -> bool:
-        return PREFIX + name in self.header.arrays or PREFIX + name in self.header.located
 
 
 def open_text_encoder(path: Path) -> TextFile:
@@ -123,13 +116,15 @@ def open_text_encoder(path: Path) -> TextFile:
             f"{path.name}: a text encoder of architecture {declared or '(none)'!r}, which is not known here.\n"
             f"Known are {', '.join(ARCHITECTURES)}."
         )
+    heads = gguf_heads(header.metadata, metas)
     try:
-        targets = llama_cpp_to_transformers(architecture, metas, _heads(architecture, header))
+        targets = llama_cpp_to_transformers(architecture, metas, heads)
         values = {t.name: _made(t, checkpoint) for t in targets}
     except FileError as err:
         raise FileError(f"{path.name}: {err}") from err
     if architecture not in WITH_VISION:
-        return TextFile(path, architecture, values, header)
+        assumed = heads is None and any(piece.heads for t in targets for piece in t.pieces)
+        return TextFile(path, architecture, values, header, None, (ASSUMED_HEADS,) if assumed else ())
     mmproj, note = find_mmproj(path, metas["token_embd.weight"].shape[1])
     vision = vision_values(mmproj) if mmproj else {}
     return TextFile(path, architecture, {**values, **vision}, header, mmproj, (note,))
@@ -250,16 +245,6 @@ def _coarseness(path: Path) -> int:
     match = re.search(r"(?<![a-z])(bf16|fp?16|fp?32|i?q\d)", path.stem.lower())
     order = {"bf16": 0, "f16": 0, "fp16": 0, "f32": 1, "fp32": 1}
     return order.get(match[1], 10 - int(match[1][-1])) if match else 5
-
-
-def _heads(architecture: str, header: GgufHeader) -> Heads | None:
-    """What the file says, where the rows of q and k are reordered by it."""
-    if not ARCHITECTURES[architecture].rotary:
-        return None
-    keys = (f"{architecture}.attention.head_count", f"{architecture}.attention.head_count_kv")
-    q = header.metadata.get(keys[0])
-    kv = header.metadata.get(keys[1], q)
-    return Heads(q, kv) if isinstance(q, int) and isinstance(kv, int) and q > 0 and kv > 0 else None
 
 
 def _made(target: Target, checkpoint: Checkpoint) -> Value:

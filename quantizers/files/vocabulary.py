@@ -14,10 +14,12 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from .gguf_header import GgufHeader, read_array
 
 Arrays = Mapping[str, Sequence[Any]]
 PREFIX = "tokenizer.ggml."
@@ -34,6 +36,40 @@ IDS = {"unknown": 40, "bos": 41, "eos": 42, "padding": 43}
 NAMES = {"unknown": 45, "bos": 46, "eos": 47, "padding": 48}  # by these the library finds the ids when it runs
 # NormalizerSpec:
 CHARSMAP, ADD_PREFIX, REMOVE_SPACES = 2, 3, 4
+
+
+# T5 has such a table in the first block only; ComfyUI brings T5's tokenizer, and not umT5's.
+UMT5_SIGN = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def wanted_tokenizer(architecture: str, metadata: Mapping[str, Any], names: Collection[str]) -> str:
+    """Which tokenizer ComfyUI wants out of the file: `spiece_model`, `tekken_model`, or empty where it has its own.
+
+    Args:
+        architecture, metadata: of a GGUF file.
+        names: of its tensors, as ComfyUI has them.
+    """
+    if architecture.startswith("gemma") or UMT5_SIGN in names:
+        return "spiece_model"
+    return "tekken_model" if metadata.get(f"{PREFIX}pre") == "tekken" else ""
+
+
+def read_vocabulary(path: Path, header: GgufHeader, name: str) -> bytes:
+    """The tokenizer of a GGUF file.
+
+    Args:
+        path: of the file, the first one of several.
+        header: of that file.
+        name: `spiece_model` or `tekken_model`.
+    Raises:
+        FileError: the file has no such vocabulary.
+    """
+    make = {"spiece_model": sentencepiece_model, "tekken_model": tekken_json}[name]
+    wanted = ["tokens", "token_type"] if name == "tekken_model" else ["tokens", "scores", "token_type"]
+    charsmap = f"{PREFIX}precompiled_charsmap"
+    if charsmap in header.arrays or charsmap in header.located:
+        wanted.append("precompiled_charsmap")
+    return make(header.metadata, {n: read_array(path, header, PREFIX + n) for n in wanted})
 
 
 def sentencepiece_model(metadata: Mapping[str, Any], arrays: Arrays) -> bytes:

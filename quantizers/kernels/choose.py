@@ -1,6 +1,6 @@
 """Which product a weight-only format uses, by device and number of tokens.
 
-The crossovers are measured: `benchmarks/kernels.py`.
+The crossovers are measured: `benchmarks/products.py`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ _kept = _Kept()
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor, valid until the next call with the same name and dtype in this thread.
 
-    A fresh one where buffers cannot be kept: on other devices, and while torch.compile traces.
+    A fresh one where buffers cannot be kept: on other devices, and where tensors are not made of memory (`watched`).
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu" or watched():
         return torch.empty(shape, dtype=dtype, device=device)
     numel = math.prod(shape)
     buffer = _kept.buffers.get((name, dtype))
@@ -44,6 +45,16 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         if buffer.nbytes <= CAP_NBYTES:
             _kept.buffers[name, dtype] = buffer
     return buffer[:numel].view(shape)
+
+
+def watched() -> str:
+    """Who looks at every operation, and may make tensors without memory of their own, now in this thread, or ""."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    c = cast(Any, torch)._C
+    if c._len_torch_dispatch_stack():
+        return "a dispatch mode such as FakeTensorMode"
+    return "" if c._functorch.peek_interpreter_stack() is None else "torch.func"
 
 
 def kept_nbytes() -> int:

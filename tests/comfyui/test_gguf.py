@@ -308,6 +308,13 @@ def test_kept_weights_are_within_the_budget_and_go_with_the_model(comfyui: Any) 
     assert min(facts) == 0
 
 
+def test_kept_weights_go_when_the_host_unloads_a_part(comfyui: Any) -> None:
+    loader = {"model": node("LoadGGUF", gguf_name="digits_flux-Q8_0.gguf", cache_mib=6)}
+    graph = sampled(("model", 0), loader)
+    graph["tell"] = node("ProbeModel", model=["model", 0], after=["sampler", 0], unload=True)
+    assert json.loads(comfyui.run(graph)["tell"]["text"][0])["kept_nbytes"] == 0
+
+
 def test_a_link_in_the_model_folder_is_followed_and_a_way_out_of_it_is_not(comfyui: Any, tmp_path: Path) -> None:
     folder = comfyui.base / "models" / "diffusion_models"
     kept = tmp_path / "other_disk.gguf"

@@ -20,7 +20,7 @@ from quantwire.cli import main
 from quantwire.quantizers.backends.gguf import ggml
 from quantwire.quantizers.backends.gguf.types import TYPES
 from quantwire.quantizers.errors import FileError, QuantwireError, SpecError, WeightError
-from quantwire.quantizers.files import convert, journal
+from quantwire.quantizers.files import convert, journal, native
 from quantwire.quantizers.files.checkpoint import read_gguf, read_safetensors
 from quantwire.quantizers.files.convert_plan import Request, dry_run, plan_conversion
 from quantwire.quantizers.files.converting import convert as convert_file
@@ -328,6 +328,50 @@ def test_native_files_of_comfyui(tmp_path: Path, source: Path, format_id: str) -
         run(source, tmp_path / "a.gguf", format_id)
 
 
+@pytest.mark.parametrize("format_id", ["comfy-fp8-e4m3fn", "comfy-int8", "comfy-nvfp4"])
+def test_native_files_of_odd_sizes(tmp_path: Path, format_id: str) -> None:
+    """Large tensors of no whole number of 64 bytes, kept or quantized: no holes, every element at a place of its own
+    alignment, and the values that each has alone.
+    """
+    odd = {"double_blocks.0.img_attn.qkv.weight": whole_numbers(771, WIDTH + 16, step=7).bfloat16()}
+    odd |= {"txt_in.weight": whole_numbers(331, 131, step=9).bfloat16()}
+    odd |= {"img_in.weight": whole_numbers(333, 65, step=11).float(), "img_in.bias": whole_numbers(333, step=3).float()}
+    odd |= {"double_blocks.1.img_mlp.0.weight": whole_numbers(4107, 16, step=9).bfloat16()}
+    tensors = flux() | odd
+    report = run(save(tmp_path / "in.safetensors", tensors), tmp_path / "a.safetensors", format_id)
+    quantized = {e.name for e in report.entries if e.action == "quantize"}
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = {n: e for n, e in json.loads(raw[8 : 8 + length]).items() if n != "__metadata__"}
+    places = sorted(e["data_offsets"] for e in entries.values())
+    assert [start for start, _ in places] == [0, *(end for _, end in places[:-1])]
+    assert 8 + length + places[-1][1] == len(raw)
+    sizes = {"F32": 4, "BF16": 2}
+    assert not [n for n, e in entries.items() if e["data_offsets"][0] % sizes.get(e["dtype"], 1)]
+    assert [e for e in entries.values() if (e["data_offsets"][1] - e["data_offsets"][0]) % 64 and e["dtype"] == "BF16"]
+    found = load_file(tmp_path / "a.safetensors")
+    for name in tensors.keys() - quantized:
+        assert torch.equal(found[name], tensors[name]), name
+    kitchen: Any = pytest.importorskip("comfy_kitchen.tensor")
+    native: Any = get_quantizer(format_id).native
+    for name in quantized:
+        json.loads(bytes(found[f"{name.removesuffix('weight')}comfy_quant"].tolist()))
+        expected = kitchen.QuantizedTensor.from_float(tensors[name], native.layout, **native.options).state_dict(name)
+        for key, t in expected.items():
+            assert torch.equal(found[key].flatten().view(torch.uint8), t.flatten().view(torch.uint8)), key
+
+
+def test_threads_of_a_native_conversion(tmp_path: Path, source: Path) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    request = Request(source, tmp_path / "a.safetensors", "comfy-int8", threads=3)
+    spec = native.native_spec(request)
+    assert spec is not None
+    native.run(native.plan_native(request, spec), lambda nbytes: seen.append(torch.get_num_threads()))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
+
+
 # Interruptions and full disks
 
 
@@ -405,7 +449,7 @@ def test_what_changed_starts_over(tmp_path: Path, source: Path) -> None:
     assert not restored(read_gguf(target).tensors[MLP]).any()
 
 
-@pytest.mark.parametrize("damage", ["", "x", '{"journal": 1}\nnot json\n', "[]\n", '{"journal": 1}\n[1]\n'])
+@pytest.mark.parametrize("damage", ['{"journal": 1', '{"journal": 1}\nnot json\n', '{"journal": 1}\n[1]\n'])
 def test_a_damaged_journal_starts_over(tmp_path: Path, source: Path, damage: str) -> None:
     interrupt(source, tmp_path / "a.gguf", "Q8_0")
     (tmp_path / "a.gguf.partial.jsonl").write_text(damage)
@@ -427,8 +471,13 @@ def test_a_journal_whose_last_line_was_cut_off(tmp_path: Path, slow_source: Path
     kept = lines.read_bytes()
     assert kept.count(b"\n") > 5
     lines.write_bytes(kept[:-20])
+    done = Bar()
+    with pytest.raises(KeyboardInterrupt):
+        convert.run_conversion(plan_conversion(Request(slow_source, target, "Q8_0", threads=1)), stop)
+    there = lines.read_bytes().count(b"\n") - 1  # all of them are read again: none is glued to what was cut off
+    assert there > 7
     report = run(slow_source, target, "Q8_0")
-    assert any(n.startswith("continued an interrupted conversion") for n in report.notes)
+    assert f"continued an interrupted conversion: {there} tensors were there" in report.notes
     run(slow_source, tmp_path / "b.gguf", "Q8_0")
     assert sha256(target) == sha256(tmp_path / "b.gguf")
 
@@ -440,6 +489,103 @@ def test_two_conversions_of_one_file(tmp_path: Path, source: Path) -> None:
         pytest.raises(FileError, match=r"another conversion is writing this file"),
     ):
         run(source, target, "Q8_0")
+
+
+UNLOCKED = """
+import errno, fcntl, sys
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = refuse
+from quantwire.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_processes_without_file_locks(tmp_path: Path, slow_source: Path, overwrite: bool) -> None:
+    """As on NFS or SMB: neither takes the other's file for its own."""
+    target = tmp_path / "out" / "a.gguf"
+    more = ["--overwrite"] if overwrite else []
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNLOCKED, "convert", str(slow_source), str(target), "--type", kind, *more],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for kind in ("Q8_0", "Q4_0")
+    ]  # fmt: skip
+    said = [child.communicate(timeout=100)[0] for child in children]
+    codes = [child.returncode for child in children]
+    assert sorted(codes) == ([0, 0] if overwrite else [0, 2]), said
+    for code, text in zip(codes, said, strict=True):
+        assert "no file locks in this folder" in text if code == 0 else "there already" in text or "came to be" in text
+    wholes: list[str] = []
+    for kind, code in zip(("Q8_0", "Q4_0"), codes, strict=True):
+        run(slow_source, tmp_path / f"{kind}.gguf", kind)
+        wholes += [sha256(tmp_path / f"{kind}.gguf")] if code == 0 else []
+    assert sha256(target) in wholes
+    assert [n for n in names_in(target.parent) if not n.endswith(".lock")] == ["a.gguf"]
+
+
+@pytest.mark.parametrize("name", ["a.gguf.partial", "a.gguf.partial.jsonl", "a.gguf.partial.lock"])
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "comfy-int8"])
+def test_a_source_at_the_name_of_the_partial_file(tmp_path: Path, source: Path, name: str, kind: str) -> None:
+    target = tmp_path / ("a.safetensors" if kind == "comfy-int8" else "a.gguf")
+    path = source.rename(tmp_path / name.replace("a.gguf", target.name))
+    before = sha256(path)
+    with pytest.raises(FileError, match=r"is read by this conversion, and a\.\w+ is written through this name"):
+        run(path, target, kind)
+    assert sha256(path) == before
+    assert names_in(tmp_path) == [path.name]
+
+
+def test_a_shard_or_the_imatrix_at_the_name_of_the_partial_file(tmp_path: Path, source: Path) -> None:
+    tensors = flux()
+    shard = save(tmp_path / "model" / "a.gguf.partial", tensors)
+    index = tmp_path / "model" / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
+    with pytest.raises(FileError, match=r"a\.gguf\.partial' is read by this conversion"):
+        run(index, tmp_path / "model" / "a.gguf", "Q8_0")
+    assert shard.exists()
+    matrix = tmp_path / "b.gguf.partial"
+    write_imatrix(matrix, Imatrix({MLP: Sums(torch.ones(1, WIDTH).double(), torch.tensor([1]))}))
+    for target in ("b.gguf", "b.gguf.partial.gguf"):
+        if target.endswith("partial.gguf"):
+            matrix = matrix.rename(tmp_path / target)
+        with pytest.raises(FileError, match=r"is read by this conversion"):
+            run(source, tmp_path / target, "Q4_0", imatrix=matrix, overwrite=True)
+        assert matrix.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quantwire.quantizers.files import native
+from quantwire.quantizers.files.convert_plan import Request
+request = Request(Path(sys.argv[1]), Path(sys.argv[2]), "comfy-int8")
+native.run(native.plan_native(request, native.native_spec(request)), lambda n: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_killed_conversions_to_a_native_format_leave_one_file(tmp_path: Path, source: Path) -> None:
+    target = tmp_path / "out" / "a.safetensors"
+    for _ in range(2):
+        command = [sys.executable, "-c", KILLED, str(source), str(target)]
+        assert subprocess.run(command, check=False, timeout=100).returncode == -9
+        left = ["a.safetensors.partial", "a.safetensors.partial.jsonl", "a.safetensors.partial.lock"]
+        assert names_in(target.parent) == left
+    report = run(source, target, "comfy-int8")
+    assert "an interrupted conversion was started over: such a conversion cannot continue" in report.notes
+    run(source, tmp_path / "b.safetensors", "comfy-int8")
+    assert sha256(target) == sha256(tmp_path / "b.safetensors")
+    assert [n for n in names_in(target.parent) if not n.endswith(".lock")] == ["a.safetensors"]
+
+
+def test_a_native_conversion_takes_the_lock(tmp_path: Path, source: Path) -> None:
+    with (
+        journal.partial(tmp_path / "a.safetensors", 100, {}),
+        pytest.raises(FileError, match=r"another conversion is writing this file"),
+    ):
+        run(source, tmp_path / "a.safetensors", "comfy-int8")
 
 
 def limited(nbytes: int) -> Any:

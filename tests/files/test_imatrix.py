@@ -264,7 +264,7 @@ def write_raw(path: Path, tensors: dict[str, list[float]], general_type: str = "
     writer = gguf.GGUFWriter(str(path), "none")
     writer.add_type(general_type)
     for key, value in keys.items():
-        writer.add_string(f"imatrix.{key}", value)
+        (writer.add_uint64 if isinstance(value, int) else writer.add_string)(f"imatrix.{key}", value)
     for name, values in tensors.items():
         writer.add_tensor(name, np.array(values, np.float16 if "f16" in name else np.float32))
     writer.write_header_to_file()
@@ -303,6 +303,16 @@ def test_a_model_is_no_importance_matrix(tmp_path: Path) -> None:
 def test_keys_of_the_wrong_type(tmp_path: Path) -> None:
     write_raw(tmp_path / "a.gguf", {"a.in_sum2": [1.0], "a.counts": [1.0]}, chunk_count="many")
     assert "expected numbers" in refusal(tmp_path / "a.gguf")
+
+
+def test_numbers_of_calls_that_a_file_cannot_say(tmp_path: Path) -> None:
+    write_raw(tmp_path / "a.gguf", {"a.in_sum2": [1.0], "a.counts": [1.0]}, chunk_count=1 << 32)
+    assert "expected numbers of 32 bits" in refusal(tmp_path / "a.gguf")
+    most = Imatrix({QKV: sums([1.0], counts=[1])}, (), (1 << 32) - 1)
+    write_imatrix(tmp_path / "b.gguf", most)
+    assert read_imatrix(tmp_path / "b.gguf").chunk_count == (1 << 32) - 1
+    with pytest.raises(FileError, match="4294967296 model calls together: a file holds 4294967295"):
+        merge([most, Imatrix({}, (), 1)])
 
 
 @pytest.mark.parametrize(

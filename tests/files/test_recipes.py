@@ -114,6 +114,24 @@ def test_q4_k_s_has_fewer_upgrades() -> None:
     assert layers(table, "img_mlp.2.weight") == ["Q5_K"] * 2 + ["Q4_K"] * 14
 
 
+QKV = {"Q3_K_M": "Q4_K", "Q3_K_L": "Q4_K", "IQ3_M": "Q4_K", "Q4_K_M": "Q5_K", "Q5_K_M": "Q6_K"}
+
+
+@pytest.mark.parametrize(
+    "recipe", [n for n, r in RECIPES.items() if "qkv" in r.upgrades or "qkv" in r.without_importance]
+)
+def test_fused_qkv_as_in_the_patch_or_else_as_v(recipe: str) -> None:
+    """In the recipes that the patch changes, its types; in the others those of attention v."""
+    importance = {t.name for t in flux()} if RECIPES[recipe].output == "Q5_K" and recipe != "IQ3_XXS" else None
+    fused = layers(kinds(IMAGE, flux(), recipe, importance=importance), "attn.qkv.weight")
+    if recipe in QKV:
+        assert fused == [QKV[recipe]] * 16
+    else:
+        split = [tensor(f"double_blocks.{i}.attn.to_v.weight", 256, 256) for i in range(16)]
+        names = None if importance is None else {t.name for t in split}
+        assert fused == list(kinds(IMAGE, split, recipe, importance=names).values())
+
+
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
@@ -202,6 +220,8 @@ def test_rules_win_over_recipe_and_families() -> None:
     [
         (tensor("img_in.weight", 256, 64), "BF16"),
         (tensor("img_in.weight", 256, 64, dtype=torch.float16), "F16"),
+        (tensor("img_in.weight", 256, 64, dtype=torch.float32), "F32"),
+        (tensor("modulation.weight", 1 << 13, (1 << 11) + 64, dtype=torch.float32), "BF16"),
         (tensor("norm.weight", 256), "F32"),
         (tensor("head.modulation", 1, 2, 1536), "F32"),
         (tensor("scale_shift_table", 6, 2048, dtype=torch.float16), "F32"),

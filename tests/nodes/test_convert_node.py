@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.validate import InvalidWorkflow
 from quantwire.quantizers.errors import FileError, SpecError
-from quantwire.quantizers.files.checkpoint import read_gguf
+from quantwire.quantizers.files.checkpoint import read_gguf, read_safetensors
+from quantwire.quantizers.files.imatrix import Imatrix, Sums, write_imatrix
 from quantwire.quantizers.weight import QuantizedWeight
 
 SOURCE = "diffusion_models/digits_flux.safetensors"
@@ -63,12 +65,85 @@ def test_options(folder: Path, convert: Any) -> None:
     assert value.format_id == "gguf-q6-k"
     assert isinstance(tensors["double_blocks.0.txt_mlp.0.weight"], torch.Tensor)
     assert (folder / "new" / "a.gguf").stat().st_size == plan["nbytes"]
-    with pytest.raises(FileError, match=r"a\.gguf: is there already\.\n"):
+    with pytest.raises(FileError, match=r"a\.gguf: is there already\.\nSet overwrite to replace it"):
         convert(output_name="new/a.gguf")
+    plan = convert(dry_run=True, output_name="new/a.gguf")[1]
+    assert "--" not in " ".join(plan["warnings"])
+    assert any("a.gguf is there already; overwrite replaces it" in w for w in plan["warnings"])
     convert(output_name="new/a.gguf", overwrite=True, type="Q8_0")
     again = convert(model_name="diffusion_models/new/a.gguf", type="BF16")
     assert again[0] == "new/a-BF16.safetensors"
     assert convert(type="comfy-fp8-e4m3fn")[0] == "sub/flux-comfy-fp8-e4m3fn.safetensors"
+
+
+@pytest.fixture
+def ran(executor: Executor, make_node: Any, folder: Path) -> Any:
+    """ran(inputs) -> whether a queue of the graph ran its ConvertModel; nodes run anew with `new=True`."""
+    runs: list[Executor] = [executor]
+
+    def run(new: bool = False, **inputs: Any) -> bool:
+        if new:
+            runs.append(Executor(executor._classes))
+        inputs = {"model_name": "diffusion_models/sub/flux.safetensors", "type": "Q8_0", **inputs}
+        graph = {"c": make_node("ConvertModel", **inputs), "name": make_node("Keep", value=["c", 0])}
+        result = runs[-1].run(graph)
+        assert result.outputs["c"]["report"][0]["entries"]
+        assert (folder / result.results["name"][0]).is_file()
+        return "c" not in result.cached
+
+    return run
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_graph_queued_again_converts_once(folder: Path, ran: Any, overwrite: bool) -> None:
+    target = folder / "sub" / "flux-Q8_0.gguf"
+    assert ran(overwrite=overwrite)
+    made = target.stat()
+    for _ in range(2):
+        assert not ran(overwrite=overwrite)
+    assert ran(new=True, overwrite=overwrite), "the host's cache is empty"
+    assert (target.stat().st_ino, target.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+def test_a_result_that_is_gone_or_another_is_made_again(folder: Path, ran: Any) -> None:
+    target = folder / "sub" / "flux-Q8_0.gguf"
+    assert ran(overwrite=True)
+    content = target.read_bytes()
+    target.unlink()
+    assert ran(overwrite=True)
+    target.write_bytes(b"other")
+    assert ran(overwrite=True)
+    assert target.read_bytes() == content
+    assert not ran(overwrite=True)
+    target.write_bytes(b"other")
+    with pytest.raises(FileError, match="is there already"):
+        ran()
+    assert target.read_bytes() == b"other"
+
+
+def test_other_rules_for_the_same_name_convert(folder: Path, convert: Any) -> None:
+    target = folder / "sub" / "a.gguf"
+    contents: list[bytes] = []
+    for rules in ("*.img_attn.qkv = gguf-q6-k", "*.img_attn.qkv = gguf-q5-k", "*.img_attn.qkv = gguf-q6-k"):
+        convert(output_name="sub/a.gguf", overwrite=True, rules=rules)
+        contents.append(target.read_bytes())
+    assert contents[0] == contents[2] != contents[1]
+
+
+def test_another_matrix_or_source_converts(folder: Path, ran: Any) -> None:
+    inputs = {"overwrite": True, "imatrix_name": "m.gguf", "type": "IQ3_S"}
+    name, target = "double_blocks.0.img_mlp.2.weight", folder / "sub" / "flux-IQ3_S.gguf"
+    columns = read_safetensors(folder / "sub" / "flux.safetensors").tensors[name].shape[1]
+    contents: list[bytes] = []
+    for seed in (0, 1):
+        squares = torch.rand(1, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        write_imatrix(folder / "m.gguf", Imatrix({name: Sums(squares, torch.tensor([1]))}))
+        assert ran(**inputs)
+        assert not ran(**inputs)
+        contents.append(target.read_bytes())
+    assert contents[0] != contents[1]
+    os.utime(folder / "sub" / "flux.safetensors", ns=(1, 1))
+    assert ran(**inputs)
 
 
 @pytest.mark.parametrize("name", ["../a.gguf", "sub/../../a.gguf", "/tmp/a.gguf", "link/a.gguf", "."])
@@ -87,5 +162,7 @@ def test_sources_are_files_of_the_model_folders(convert: Any, folder: Path, name
 
 
 def test_refusals_of_the_converter_reach_the_graph(convert: Any, folder: Path) -> None:
-    with pytest.raises(SpecError, match=r"^IQ1_S: .* needs an importance matrix"):
+    with pytest.raises(SpecError, match=r"^IQ1_S: .* needs an importance matrix") as caught:
         convert(type="IQ1_S")
+    assert "imatrix_name" in str(caught.value)
+    assert "--" not in str(caught.value)

@@ -12,6 +12,7 @@ import torch
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.models import load_diffusion_model
 from quantwire.hosts.standalone.validate import InvalidWorkflow
+from quantwire.nodes.load import LoadGGUF
 from quantwire.quantizers.backends.gguf import FLOAT16_SCALES
 from quantwire.quantizers.errors import FileError, SpecError
 from quantwire.quantizers.files.checkpoint import read_safetensors
@@ -252,8 +253,11 @@ def test_wrong_loader(
     executor: Executor, sampled: Any, make_node: Any, written: dict[str, Path], folder: Path, demo_models: Path
 ) -> None:
     shutil.copy(demo_models / "diffusion_models" / "digits_flux.safetensors", folder / "disguised.gguf")
-    with pytest.raises(FileError, match="not a GGUF file"):
+    with pytest.raises(FileError, match=r"not a GGUF file.*\nOpen it with the UNETLoader"):
         executor.run(sampled("g", g=make_node("LoadGGUF", gguf_name="disguised.gguf")))
+    (folder / "damaged.gguf").write_bytes(b"XXUF" + written["q4_0"].read_bytes()[4:])
+    with pytest.raises(FileError, match=r"not a GGUF file \(it begins with b'XXUF'\).\nIt is damaged"):
+        executor.run(sampled("g", g=make_node("LoadGGUF", gguf_name="damaged.gguf")))
     shutil.copy(written["q4_0"], folder / "disguised.safetensors")
     graph = sampled()
     graph["model"]["inputs"]["unet_name"] = "disguised.safetensors"
@@ -285,6 +289,8 @@ def test_missing_file_names_what_is_there(executor: Executor, sampled: Any, make
     text = str(caught.value)
     assert "sub/flux-Q8_0.gguf" in text
     assert str(folder) in text
+    assert "digits_flux.safetensors" not in text
+    assert "quantwire convert" in text
 
 
 def test_a_replaced_file_is_read_again(
@@ -296,6 +302,21 @@ def test_a_replaced_file_is_read_again(
         shutil.copy(written[kind], folder / "demo.gguf")
         formats.append(executor.run(graph).results["out"][0].format_id)
     assert formats == ["gguf-q8-0", "gguf-q4-0"]
+
+
+def test_a_replaced_part_of_a_split_model_is_another_model(folder: Path) -> None:
+    """llama.cpp's names tell which files belong together."""
+    for i in (1, 2, 3):
+        (folder / f"demo-0000{i}-of-00003.gguf").write_bytes(b"part")
+    (folder / "odd-00009-of-00003.gguf").write_bytes(b"a name and no part")
+    named = ["demo-00001-of-00003.gguf", "demo-00003-of-00003.gguf", "odd-00009-of-00003.gguf"]
+    before = [LoadGGUF.IS_CHANGED(gguf_name=name) for name in named]
+    assert [LoadGGUF.IS_CHANGED(gguf_name=name) for name in named] == before
+    (folder / "demo-00002-of-00003.gguf").write_bytes(b"other part")
+    changed = [LoadGGUF.IS_CHANGED(gguf_name=name) for name in named]
+    assert [a != b for a, b in zip(changed, before, strict=True)] == [True, True, False]
+    (folder / "demo-00002-of-00003.gguf").unlink()
+    assert LoadGGUF.IS_CHANGED(gguf_name=named[0]) not in (before[0], changed[0])
 
 
 def test_dequantized_weights_are_kept_within_the_budget(

@@ -301,3 +301,25 @@ def test_metas_are_those_of_the_file(folder: Path, t5: Any) -> None:
     for name, value in file.values.items():
         shape = value.shape if isinstance(value, Tensor) else value.orig_shape
         assert tuple(shape) == wanted[name].shape
+
+
+def test_files_that_appear_beside_a_text_encoder_are_looked_at(folder: Path) -> None:
+    """Who is told that the vision part is missing adds it and queues the same graph again."""
+    for name in ("a.safetensors", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"):
+        (folder / name).write_bytes(b"1")
+
+    def states() -> list[str]:
+        names = ("a.safetensors", "b-00001-of-00002.gguf")
+        return [LoadGGUFTextEncoder.IS_CHANGED(clip_name1=name, type="flux") for name in names]
+
+    before = states()
+    assert states() == before
+    (folder / "mmproj.gguf").write_bytes(b"1")
+    found = states()
+    assert (found[0], found[1] != before[1]) == (before[0], True)
+    (folder / "mmproj.gguf").write_bytes(b"22")
+    assert states()[1] not in (before[1], found[1])
+    (folder / "mmproj.gguf").unlink()
+    assert states() == before
+    (folder / "b-00002-of-00002.gguf").write_bytes(b"22")
+    assert states()[1] != before[1]

@@ -96,12 +96,13 @@ def test_fast_fp8_is_refused_with_a_way_out(quantwire: Any) -> None:
         (lambda g: g["11"]["inputs"].update(cfg=1e9), ["node 11", "above the maximum 100"]),
         (lambda g: g["11"]["inputs"].update(sampler_name="dpmpp_2m"), ["node 11", "not one of: euler"]),
         (lambda g: g["2"]["inputs"].update(format="bnb-nf5"), ["node 2", "Did you mean bnb-nf4"]),
+        (lambda g: g["2"]["inputs"].update(format="Q4_K"), ["node 2", "Did you mean gguf-q4-k?", "quantwire convert"]),
         (lambda g: g["2"]["inputs"].update(carrier="ours"), ["node 2", "quantwire, library"]),
         (lambda g: g["1"]["inputs"].update(unet_name="digit_flux.safetensors"), ["node 1", "Did you mean digits_flux"]),
     ],
     ids=[
         "unknown-node", "misspelt-node", "missing-input", "dangling-link", "cycle", "wrong-type", "output-index",
-        "text-for-int", "below-range", "above-range", "sampler", "format", "carrier", "file",
+        "text-for-int", "below-range", "above-range", "sampler", "format", "gguf-type", "carrier", "file",
     ],
 )  # fmt: skip
 def test_bad_graphs(quantwire: Any, api: Any, change: Edit, said: list[str]) -> None:

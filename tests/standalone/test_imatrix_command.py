@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from quantwire import nodes
 from quantwire.cli import main
 from quantwire.hosts import use
 from quantwire.hosts.modules import with_layers
-from quantwire.hosts.record import BLOCK_VALUES, Recorder
+from quantwire.hosts.record import BLOCK_VALUES, Recorder, describe
 from quantwire.hosts.standalone.core_nodes import CORE_NODES, KSampler
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.host import StandaloneHost
@@ -26,7 +27,7 @@ from quantwire.quantizers.apply import quantize_linears, quantize_tensor
 from quantwire.quantizers.backends.gguf.types import format_id
 from quantwire.quantizers.errors import WorkflowError
 from quantwire.quantizers.files.checkpoint import read_checkpoint
-from quantwire.quantizers.files.imatrix import Imatrix, read_imatrix
+from quantwire.quantizers.files.imatrix import Imatrix, Sums, read_imatrix, write_imatrix
 from quantwire.quantizers.registry import require
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear
@@ -254,6 +255,34 @@ def test_a_file_to_merge_is_read_before_the_run(imatrix: Command) -> None:
     imatrix("full_precision", "--merge", str(imatrix.folder / "other.gguf"), code=2)
     imatrix.refused("FileError: other.gguf: ")
     assert "KSampler" not in imatrix.err
+
+
+def test_a_file_that_counts_calls_is_refused_before_the_run(imatrix: Command) -> None:
+    name = b"a.weight"
+    entry = struct.pack("<ii", 1, len(name)) + name + struct.pack("<iif", 1, 1, 2.0)
+    (imatrix.folder / "old.dat").write_bytes(entry)
+    imatrix("full_precision", "--merge", str(imatrix.folder / "old.dat"), code=2)
+    imatrix.refused("FileError: Importance matrices from before GGUF (.dat) count calls")
+    assert "KSampler" not in imatrix.err
+    assert sorted(p.name for p in imatrix.folder.iterdir()) == ["old.dat", "workflow.json"]
+
+
+def test_what_was_recorded_is_not_lost_where_the_sizes_differ(imatrix: Command) -> None:
+    other = Imatrix({QKV: Sums(torch.ones(1, 3, dtype=torch.float64), torch.tensor([1]))}, ("other",), 1)
+    write_imatrix(imatrix.folder / "other.gguf", other)
+    target = imatrix("full_precision", "--merge", str(imatrix.folder / "other.gguf"), code=2)
+    imatrix.refused(f"FileError: {QKV!r}: importance matrices of different sizes")
+    alone = imatrix.folder / "a.recorded.gguf"
+    assert f"What this run recorded is in {alone}, by itself." in imatrix.err
+    assert not target.exists()
+    assert read_imatrix(alone).entries.keys() > {QKV}
+
+
+def test_nothing_recorded() -> None:
+    assert describe(Recorder().matrix("a"), ["a.weight"]).splitlines() == [
+        "0 weights, 0 model calls",
+        "No input reached 1 weights, such as a.weight: they are left out.",
+    ]
 
 
 # --- what it is for ---

@@ -116,6 +116,16 @@ def test_sensitive_layers(layer: str, reason: str | None) -> None:
     assert sensitive_reason(layer) == reason
 
 
+@pytest.mark.parametrize("kind", ["gguf-iq2-xxs", "gguf-iq1-s"])
+def test_formats_that_are_meant_for_an_importance_matrix_say_so(kind: str) -> None:
+    slots = [slot("blocks.3.attn", (256, 256)), slot("blocks.3.mlp", (256, 256))]
+    for spec in (QuantSpec(kind), QuantSpec("gguf-q4-k", rules=(Rule("*.mlp", kind),))):
+        (note,) = plan(slots, spec).notes
+        assert kind in note
+        assert "quantwire imatrix" in note
+    assert not plan(slots, QuantSpec(kind, rules=(Rule("*", "gguf-q4-k"),))).notes
+
+
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "transformer."])
 def test_final_layers_behind_the_prefix_of_a_whole_model(prefix: str) -> None:
     for layer in ("final_layer.linear", "proj_out", "head.head", "lm_head"):

@@ -48,6 +48,7 @@ def test_json() -> None:
         ("a = keep\nb", "Line 2: Rule 'b' is not of the form: pattern = format, URI or keep."),
         ("= keep", "Line 1: Rule '= keep' is not of the form"),
         ("a =", "Line 1: Rule 'a =' is not of the form"),
+        ("a = keep\nre:( = keep", "Line 2: Layer pattern 're:(' is no regular expression: missing )"),
         ('[{"pattern": "a"}]', 'Rule {"pattern": "a"} is not of the form {"pattern": ..., "format": ...}.'),
         ('["a"]', 'Rule "a" is not of the form'),
         ('{"a": 4}', 'Rule {"pattern": "a", "format": 4} is not of the form'),

@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...base import Availability, Kernel, Quantizer
+from ...errors import SpecError
 from ...kernels import triton_gguf
 from ...kernels.choose import expanding
-from ...kernels.expand import Expansion, dequantized
+from ...kernels.expand import Expansion, dequantized, expand
+from ...kernels.scratch import watched
 from ...weight import QuantizedWeight, TensorMeta
 from ..probing import probe_package, probe_version
 from . import eager
 from .choose import few_tokens, library_or_reason
+from .ggml import check_range, is_plain
 from .types import TYPES, type_name
 
 if TYPE_CHECKING:
@@ -78,6 +83,14 @@ class Gguf(Quantizer):
             return f"K={t.shape[1]} is not a multiple of block size {self.kind.block}"
         return None
 
+    def advice(self) -> str:
+        if not self.kind.needs_importance:
+            return ""
+        return (
+            f"{self.format_id} is meant for an importance matrix, and was made as if every column counted the same; "
+            "`quantwire imatrix` and `quantwire convert --imatrix` make a better file"
+        )
+
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         return t.numel // self.kind.block * self.kind.nbytes
 
@@ -90,38 +103,57 @@ class Gguf(Quantizer):
 
         Raises:
             WeightError: it is not (K,), not finite or negative.
+            SpecError: ggml's library, which alone knows of it, is not here.
         """
         return self._quantize(w, importance)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        if not q.numel:
-            return torch.empty(q.orig_shape, dtype=dtype, device=q.tensors["qdata"].device)
-        return dequantized(self.form(q), dtype).reshape(q.orig_shape)
+        qdata, form = q.tensors["qdata"], self.form(q)
+        if torch.compiler.is_compiling() or is_plain(qdata):
+            return dequantized(form, dtype).reshape(q.orig_shape)
+        # A fake tensor outside of its mode: buffers of plain memory cannot take its values.
+        return expand(form, qdata.new_empty(form.shape, dtype=torch.float32)).to(dtype).reshape(q.orig_shape)
 
     def form(self, q: QuantizedWeight) -> Expansion:
-        qdata = _rows(q)
+        qdata = self._rows(q)
         shape = (qdata.shape[0], q.orig_shape[-1])
         library, _ = library_or_reason(qdata.device)
-        if library is None:
+        if library is None or not is_plain(qdata):
             return eager.expansion(self.type_name, qdata, shape)
-        qdata = qdata.contiguous()
+        qdata = qdata.resolve_neg().contiguous()
 
         def fill(out: Tensor, start: int, stop: int) -> None:
             library.dequantize(self.kind, qdata, out, start)
 
         return Expansion(shape, qdata.device, fill, threaded=True)
 
+    def linear(self, x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """As for every format; under autocast in its dtype, as nn.Linear.
+
+        Fake, batched and dual tensors, and subclasses, take torch operations throughout: C sees only memory.
+        """
+        x = _autocast(x)
+        if not torch.compiler.is_compiling() and (
+            watched() or not is_plain(x, bias, *q.tensors.values()) or _is_dual(x)
+        ):
+            return self._dequantized(x, q, bias)
+        return super().linear(x, q, bias)
+
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+        if not q.numel:
+            return expanding(self.form, "the weight is empty")
         if device.type == "cuda":
             kernel = triton_gguf.kernel_for(self.type_name, device, dtype, tokens)
             if kernel is not None:
                 return kernel
-        kernel = few_tokens(self.kind, device, tokens)
-        if kernel is not None:
-            return kernel
+        if device.type != "cpu":
+            refusal = triton_gguf.refusal(device, dtype, self.type_name, (1, self.kind.block))
+            return expanding(self.form, f"torch operations: {refusal}")
         library, reason = library_or_reason(device)
-        why = "ggml's dequantization in threads, a tile at a time" if library else f"torch operations: {reason}"
-        return expanding(self.form, why)
+        if library is None:
+            return expanding(self.form, f"torch operations: {reason}")
+        kernel, few = few_tokens(self.kind, device, tokens)
+        return kernel or expanding(self.form, f"ggml's dequantization in threads, a tile at a time; {few}")
 
     def non_finite(self, q: QuantizedWeight) -> int:
         """From the scales where they tell it: a twentieth of the work of dequantizing."""
@@ -138,19 +170,28 @@ class Gguf(Quantizer):
     def _quantize(self, w: Tensor, importance: Tensor | None) -> QuantizedWeight:
         n, k = w.shape
         step = max(1, SLAB_NUMEL // max(k, 1))
-        qdata = torch.empty(n, k // self.kind.block * self.kind.nbytes, dtype=torch.uint8)
-        library, _ = library_or_reason(torch.device("cpu"))
+        qdata = torch.empty(n, k // self.kind.block * self.kind.nbytes, dtype=torch.uint8, device="cpu")
+        library, reason = library_or_reason(torch.device("cpu"))
+        if library is None and importance is not None:
+            raise SpecError(f"{self.format_id}: an importance matrix needs {LIBRARY}; {reason}.\n{INSTALL}")
         for start in range(0, n, step):
-            slab = w.detach()[start : start + step].to("cpu", torch.float32).contiguous()
+            slab = w.detach()[start : start + step].to("cpu", torch.float32).resolve_neg().contiguous()
             if library is not None:
                 packed = library.quantize(self.kind, slab, importance)
             else:
+                check_range(self.kind, slab)
                 packed = _numpy_quantize(slab, self.type_name)
             qdata[start : start + step] = packed
         return QuantizedWeight(self.format_id, {"qdata": qdata.to(w.device)}, tuple(w.shape), w.dtype)
 
+    def _rows(self, q: QuantizedWeight) -> Tensor:
+        """Blocks by rows of K; files hold norms and biases in blocks too, and 5-D weights."""
+        qdata, rows = q.tensors["qdata"], math.prod(q.orig_shape[:-1])
+        width = qdata.numel() // rows if rows else q.orig_shape[-1] // self.kind.block * self.kind.nbytes
+        return qdata.reshape(rows, width)
+
     def _zeros(self) -> QuantizedWeight:
-        qdata = torch.zeros(2, self.kind.nbytes, dtype=torch.uint8)
+        qdata = torch.zeros(2, self.kind.nbytes, dtype=torch.uint8, device="cpu")
         return QuantizedWeight(self.format_id, {"qdata": qdata}, (2, self.kind.block), torch.bfloat16)
 
 
@@ -170,6 +211,12 @@ def _numpy_quantize(values: Tensor, name: str) -> Tensor:
         return cast(Any, torch).from_numpy(gguf.quants.quantize(values.numpy(), _numpy_type(name)))
 
 
-def _rows(q: QuantizedWeight) -> Tensor:
-    """Blocks by rows of K; files hold norms and biases in blocks too, and 5-D weights."""
-    return q.tensors["qdata"].reshape(q.numel // q.orig_shape[-1], -1)
+def _is_dual(x: Tensor) -> bool:
+    return cast(Any, forward_ad).unpack_dual(x).tangent is not None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

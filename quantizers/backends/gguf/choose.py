@@ -6,12 +6,14 @@ The crossovers are measured: `benchmarks/gguf_products.py`.
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 from ...errors import SpecError
 from ...kernels.kernel import Kernel
+from ...kernels.scratch import watched
 from ...weight import QuantizedWeight
 from .ggml import Ggml, library
 from .products import Products
@@ -20,14 +22,16 @@ from .types import GgmlType
 # Tokens up to which ggml's product is faster than expanding the weight: fewer where expanding is fast.
 FEW_TOKENS = {"Q4_0": 8, "Q4_1": 8, "Q8_0": 12, "Q4_K": 12, "Q5_K": 12, "NVFP4": 16}
 FEW_TOKENS_OTHERS = 24
+SETTING = "QUANTWIRE_GGML_PRODUCTS"  # environment variable; 0 keeps x at full precision, always
 
 
 def library_or_reason(device: torch.device) -> tuple[Ggml | None, str]:
     """ggml's library where it can be used for tensors on this device, and else why not."""
     if device.type != "cpu":
         return None, f"ggml's C library computes on the CPU, not on {device.type}"
-    if torch.compiler.is_compiling():
-        return None, "torch.compile cannot look into ggml's C library"
+    watcher = watched()
+    if watcher:
+        return None, f"{watcher} cannot look into ggml's C library"
     return _library()
 
 
@@ -40,22 +44,32 @@ def _library() -> tuple[Ggml | None, str]:
 
 
 @functools.cache
-def _products() -> Products | None:
-    ggml, _ = _library()
+def _products(setting: str) -> tuple[Products | None, str]:
+    if setting not in ("", "0", "1"):
+        raise SpecError(f"{SETTING} is '{setting}', expected 1 (few tokens by ggml's product) or 0.")
+    if setting == "0":
+        return None, f"{SETTING} is 0"
+    ggml, reason = _library()
     try:
-        return None if ggml is None else Products(ggml)
-    except (AttributeError, SpecError):  # no AVX2, or tensors laid out otherwise: expanding the weight needs neither
-        return None
+        return (None, reason) if ggml is None else (Products(ggml), "")
+    except (AttributeError, SpecError) as err:  # no AVX2, or tensors laid out otherwise: expanding needs neither
+        return None, str(err).strip().splitlines()[0].rstrip(".")
 
 
-def few_tokens(kind: GgmlType, device: torch.device, tokens: int) -> Kernel | None:
-    """ggml's product where it wins, else None."""
-    limit = FEW_TOKENS.get(kind.name, FEW_TOKENS_OTHERS)
-    if tokens > limit or library_or_reason(device)[0] is None:
-        return None
-    products = _products()
+def few_tokens(kind: GgmlType, device: torch.device, tokens: int) -> tuple[Kernel | None, str]:
+    """ggml's product where it wins, else None; and a clause on it for the reasons of other kernels.
+
+    Raises:
+        SpecError: the environment variable is neither 0 nor 1.
+    """
+    if library_or_reason(device)[0] is None:
+        return None, ""
+    products, reason = _products(os.environ.get(SETTING, ""))
     if products is None:
-        return None
+        return None, reason
+    limit = FEW_TOKENS.get(kind.name, FEW_TOKENS_OTHERS)
+    if tokens > limit:
+        return None, f"up to {limit} tokens ggml's product, which rounds x to 8 bits"
 
     def run(x: Tensor, q: QuantizedWeight, bias: Tensor | None) -> Tensor:
         k = q.orig_shape[-1]
@@ -64,4 +78,5 @@ def few_tokens(kind: GgmlType, device: torch.device, tokens: int) -> Kernel | No
         out = out if bias is None else out.add_(bias.to(torch.float32))
         return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[1])
 
-    return Kernel("ggml mul_mat", f"up to {limit} tokens it beats expanding the weight; x goes to 8 bits", run)
+    why = f"up to {limit} tokens it beats expanding the weight; x is rounded to 8 bits ({SETTING}=0 turns it off)"
+    return Kernel("ggml mul_mat", why, run), why

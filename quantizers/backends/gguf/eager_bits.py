@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from ...kernels.scratch import watched
 
 # Values of the 4-bit codes (ggml-common.h: kvalues_iq4nl, and kvalues_mxfp4, which are twice those of E2M1).
 CODEBOOKS = {
@@ -74,7 +75,8 @@ def decoded(x: Tensor, codebook: str) -> Tensor:
 
 def look_up(index: Tensor, table: str) -> Tensor:
     """(..., m) of any integer dtype -> (..., m * entry) int8."""
-    return _look_up_op(index, table) if torch.compiler.is_compiling() else _look_up(index, table)
+    own = watched() or type(index) is not Tensor
+    return _look_up_op(index, table) if own else _look_up(index, table)
 
 
 def _look_up(index: Tensor, table: str) -> Tensor:
@@ -82,7 +84,8 @@ def _look_up(index: Tensor, table: str) -> Tensor:
     return _table(table, index.device).index_select(0, flat).view(index.shape).view(torch.int8)
 
 
-# To torch.compile an operator of its own: the grids come out of another package, which it cannot trace.
+# An operator of its own to all that watches operations: the grids come out of another package, which torch.compile
+# cannot trace, and tables made under a FakeTensorMode or in torch.func would be kept without values.
 _look_up_op: Any = torch.library.custom_op(
     "quantwire::gguf_look_up", _look_up, mutates_args=(), schema="(Tensor index, str table) -> Tensor"
 )
@@ -131,10 +134,12 @@ def _entries(name: str) -> Tensor:
         return _bytes([[(byte >> i & ((1 << bits) - 1)) << at for i in range(0, 8, bits)] for byte in range(256)])
     if kind == "codebook":
         values = CODEBOOKS[rest[0]]
-        return torch.tensor([[values[byte & 15], values[byte >> 4]] for byte in range(256)], dtype=torch.int8)
+        return torch.tensor(
+            [[values[byte & 15], values[byte >> 4]] for byte in range(256)], dtype=torch.int8, device="cpu"
+        )
     if kind == "signs":
         return _signs(_gguf("IQ2_XXS").ksigns if rest[0] == "even" else range(256))
-    grid = torch.tensor(_grid(rest[0]))
+    grid = torch.tensor(_grid(rest[0]), device="cpu")
     if kind == "grid":
         return grid.to(torch.int8)
     # "eighths": of the grid moved up by 1/8, then of the grid moved down, as the types with 1.6 bits do.
@@ -143,11 +148,14 @@ def _entries(name: str) -> Tensor:
 
 def _signs(masks: Sequence[int]) -> Tensor:
     """-1 where a bit is set, else 1. The "even" masks are the 128 bytes with an even number of bits."""
-    return torch.tensor([[-1 if mask >> i & 1 else 1 for i in range(8)] for mask in masks], dtype=torch.int8)
+    return torch.tensor(
+        [[-1 if mask >> i & 1 else 1 for i in range(8)] for mask in masks], dtype=torch.int8, device="cpu"
+    )
 
 
 def _bytes(rows: list[list[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.uint8).view(torch.int8)
+    """int8 values, given as bytes."""
+    return torch.tensor(rows, dtype=torch.uint8, device="cpu").view(torch.int8)
 
 
 def _grid(type_name: str) -> Any:

@@ -14,12 +14,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard, cast
 
 from ...errors import FileError
 from ...weight import TensorMeta
 from .target import Piece, Target, target
 
-HEAD_DIM = 128  # of every llama text encoder that image models use (Llama 3, Mistral Small, Ministral)
+HEAD_DIM = 128  # what is assumed where nothing tells
+ASSUMED_HEADS = (
+    f"nothing tells how wide the heads of attention are, and {HEAD_DIM} is assumed; if that is wrong, prompts lose "
+    "their meaning (config.json beside a safetensors file, and `attention.head_count` in a GGUF file, would tell)"
+)
+# (width, rows of q, rows of k) of models whose heads are that wide: Llama 3 8B, Mistral Small 3, Ministral 3 3B.
+# Source: Comfy-Org/ComfyUI comfy/text_encoders/llama.py at 0.33.0.
+KNOWN_SHAPES = ((4096, 4096, 1024), (5120, 4096, 1024), (3072, 4096, 1024))
+_TABLE = re.compile(r"(^|\.)(rope_freqs\.weight|rotary_emb\.inv_freq)$")  # half as long as a head is wide
+_FIRST = re.compile(r"(^|\.)(blk\.0\.attn_(?P<here>[qk])|layers\.0\.self_attn\.(?P<there>[qk])_proj)\.weight$")
+# What sees images. In a GGUF file of a text encoder it has no place: llama.cpp keeps it in a file of its own, "mmproj".
+VISION = re.compile(r"(^|\.)(visual|vision_\w+|multi_modal_projector|mm_projector)\.")
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Names:
         rotary: modules of a block whose rows are in pairs.
         shifted: norms are stored plus one.
         unused_here, unused_there: patterns of tensors that are left out, in llama.cpp and in transformers files.
+        optional: llama.cpp modules outside the blocks that a complete file may lack.
     """
 
     stem: tuple[str, str]
@@ -51,6 +64,7 @@ class Names:
     unused_here: tuple[str, ...] = ()
     unused_there: tuple[str, ...] = ()
     alternatives: Mapping[str, str] = field(default_factory=dict[str, str])
+    optional: tuple[str, ...] = ("output",)
 
 
 _ATTENTION = {
@@ -75,7 +89,17 @@ _GEMMA_MLP = {
 }
 
 
-def _decoder(block: Mapping[str, str], rotary: tuple[str, ...] = (), shifted: bool = False) -> Names:
+# ComfyUI runs some models without their last norm, and their files leave it out (Mistral cut to 30 blocks for FLUX.2,
+# Qwen3 for Ideogram 4).
+_NO_LAST_NORM = ("output", "output_norm")
+
+
+def _decoder(
+    block: Mapping[str, str],
+    rotary: tuple[str, ...] = (),
+    shifted: bool = False,
+    optional: tuple[str, ...] = ("output",),
+) -> Names:
     return Names(
         stem=("blk.{}.", "model.layers.{}."),
         whole={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
@@ -85,9 +109,10 @@ def _decoder(block: Mapping[str, str], rotary: tuple[str, ...] = (), shifted: bo
         unused_here=(r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight"),  # tables; the host computes them
         unused_there=(
             r".*rotary_emb\.inv_freq",
-            r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector)\..*",  # a file of their own
+            rf"(.*?){VISION.pattern}.*",
             r"spiece_model|tekken_model|tokenizer_json",  # metadata in a GGUF file
         ),
+        optional=optional,
     )
 
 
@@ -107,7 +132,7 @@ _T5 = Names(
         "ffn_down": "layer.1.DenseReluDense.wo",
     },
     unused_here=(r"dec\..*", r"output\.weight"),
-    # The embedding is stored under up to three names, and the decoder encodes no prompt.
+    # The embedding is stored under up to three names (see `_without_prefix`), and the decoder encodes no prompt.
     unused_there=(r"decoder\..*", r"encoder\.embed_tokens\.weight", r"lm_head\.weight", r"spiece_model", "logit_scale"),
     # The first T5 has one matrix where later ones have a gate beside it.
     alternatives={"layer.1.DenseReluDense.wi": "ffn_up"},
@@ -116,16 +141,58 @@ _T5 = Names(
 ARCHITECTURES: dict[str, Names] = {
     "t5": _T5,
     "t5encoder": _T5,
-    "llama": _decoder(_ATTENTION | _MLP, rotary=("attn_q", "attn_k")),
-    "mistral3": _decoder(_ATTENTION | _MLP, rotary=("attn_q", "attn_k")),
+    "llama": _decoder(_ATTENTION | _MLP, rotary=("attn_q", "attn_k"), optional=_NO_LAST_NORM),
+    "mistral3": _decoder(_ATTENTION | _MLP, rotary=("attn_q", "attn_k"), optional=_NO_LAST_NORM),
     "qwen2": _decoder(_ATTENTION | _MLP),
     "qwen2vl": _decoder(_ATTENTION | _MLP),
-    "qwen3": _decoder(_ATTENTION | _QK_NORM | _MLP),
-    "qwen3vl": _decoder(_ATTENTION | _QK_NORM | _MLP),
+    "qwen3": _decoder(_ATTENTION | _QK_NORM | _MLP, optional=_NO_LAST_NORM),
+    "qwen3vl": _decoder(_ATTENTION | _QK_NORM | _MLP, optional=_NO_LAST_NORM),
     "gemma": _decoder(_ATTENTION | _MLP, shifted=True),
     "gemma2": _decoder(_ATTENTION | _GEMMA_MLP, shifted=True),
     "gemma3": _decoder(_ATTENTION | _QK_NORM | _GEMMA_MLP, shifted=True),
 }
+
+
+def gguf_heads(metadata: Mapping[str, Any], metas: Mapping[str, TensorMeta]) -> Heads | None:
+    """What a GGUF file says of its heads, by its metadata or by its shapes; None where it says nothing."""
+    key = f"{metadata.get('general.architecture')}.attention.head_count"
+    q = metadata.get(key)
+    kv = metadata.get(f"{key}_kv", q)
+    return Heads(q, kv) if _is_count(q) and _is_count(kv) else shape_heads(metas)
+
+
+def config_heads(config: Mapping[str, Any], metas: Mapping[str, TensorMeta]) -> Heads | None:
+    """What a config.json says of the heads of these tensors; None where it says nothing, or is another model's."""
+    inner: Any = config.get("text_config")
+    said: Mapping[str, Any] = cast("dict[str, Any]", inner) if isinstance(inner, dict) else config
+    q: Any = said.get("num_attention_heads")
+    kv: Any = said.get("num_key_value_heads") or q
+    width, q_rows, k_rows = _first_shapes(metas)
+    if not _is_count(q) or not _is_count(kv) or said.get("hidden_size", width) != width or q_rows % q or k_rows % kv:
+        return None
+    one = said.get("head_dim") or q_rows // q
+    return Heads(q, kv) if q_rows // q == k_rows // kv == one else None
+
+
+def shape_heads(metas: Mapping[str, TensorMeta]) -> Heads | None:
+    """Heads as wide as a stored table of rotary frequencies says, or as in models of just these shapes."""
+    width, q_rows, k_rows = _first_shapes(metas)
+    table = next((m.shape for n, m in metas.items() if _TABLE.search(n) and len(m.shape) == 1), None)
+    if table is None and (width, q_rows, k_rows) not in KNOWN_SHAPES:
+        return None
+    one = HEAD_DIM if table is None else 2 * table[0]
+    return Heads(q_rows // one, k_rows // one) if one and q_rows and not (q_rows % one or k_rows % one) else None
+
+
+def _first_shapes(metas: Mapping[str, TensorMeta]) -> tuple[int, int, int]:
+    """Width of the model, rows of the first block's q, and of its k; zeros where there are none."""
+    shapes = {m["here"] or m["there"]: meta.shape for n, meta in metas.items() if (m := _FIRST.search(n))}
+    q, k = (shapes.get(letter, ()) for letter in "qk")
+    return (q[1], q[0], k[0]) if len(q) == len(k) == 2 else (0, 0, 0)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def llama_cpp_to_transformers(
@@ -136,7 +203,7 @@ def llama_cpp_to_transformers(
     Args:
         architecture: a key of `ARCHITECTURES`.
         metas: of a GGUF file, by name.
-        heads: of `llama`; None takes heads 128 wide.
+        heads: of `llama`, see `gguf_heads` and `config_heads`; None takes heads 128 wide.
     Raises:
         FileError: an unknown architecture or tensor, missing tensors, or rows that are not so many heads.
     """
@@ -167,19 +234,30 @@ def hyperparameters(architecture: str, metas: Mapping[str, TensorMeta], heads: H
     """GGUF metadata that a loader needs beside the tensors, read off transformers' shapes.
 
     Not all that llama.cpp's own programs want: epsilons and rotary bases stand in a model's config.json only.
+
+    Raises:
+        FileError: an unknown architecture, or missing tensors.
     """
     names = _names(architecture)
     inner = _without_prefix(names, metas)
-    shape = {name: meta.shape for name, meta in inner.items()}
-    first, whole = names.stem[1].format(0), {here: f"{there}.weight" for here, there in names.whole.items()}
+    first = names.stem[1].format(0)
+
+    def shape(module: str) -> tuple[int, ...]:
+        name = f"{module}.weight"
+        if name not in inner:
+            raise FileError(f"'{name}' is missing.\nThe file is not complete.")
+        return inner[name].shape
+
+    tokens, width = shape(names.whole["token_embd"])
     found = {
         "block_count": _block_count(names.stem[1], inner),
-        "embedding_length": shape[whole["token_embd"]][1],
-        "vocab_size": shape[whole["token_embd"]][0],
-        "feed_forward_length": shape[f"{first}{names.block['ffn_down']}.weight"][1],
+        "embedding_length": width,
+        "vocab_size": tokens,
+        "feed_forward_length": shape(f"{first}{names.block['ffn_down']}")[1],
     }
-    q, k = (shape[f"{first}{names.block[n]}.weight"][0] for n in ("attn_q", "attn_k"))
-    bias = shape.get(f"{first}{names.block.get('attn_rel_b', '-')}.weight")
+    q, k = (shape(f"{first}{names.block[n]}")[0] for n in ("attn_q", "attn_k"))
+    table = inner.get(f"{first}{names.block.get('attn_rel_b', '-')}.weight")
+    bias = None if table is None else table.shape
     if bias is not None:
         found |= {"attention.head_count": bias[1], "attention.relative_buckets_count": bias[0]}
     elif names.rotary:
@@ -302,16 +380,23 @@ def _head_count(names: Names, here: str, meta: TensorMeta, heads: Heads | None) 
     if heads is not None:
         return heads.q if module == "attn_q" else heads.kv
     if meta.shape[0] % HEAD_DIM:
-        raise FileError(f"'{meta.name}': {meta.shape[0]} rows are not heads {HEAD_DIM} wide; the file has to tell.")
+        raise FileError(
+            f"'{meta.name}': {meta.shape[0]} rows are not heads {HEAD_DIM} wide, and nothing tells how wide they are.\n"
+            "Put the model's config.json beside it; a GGUF file has to have `attention.head_count`."
+        )
     return meta.shape[0] // HEAD_DIM
 
 
 def _check_complete(names: Names, rules: _Rules, made: set[str]) -> None:
-    """Every block up to the last has the matrices of the first."""
+    """What stands outside the blocks is there, and every block up to the last has the matrices of the first."""
+    whole = {there: here for here, there in names.whole.items()}
+    missing = [n for n in rules.whole.values() if whole.get(n, n) not in names.optional and f"{n}.weight" not in made]
     block = re.compile(re.escape(rules.stem).replace(r"\{\}", r"(\d+)") + r"(.+)")
     found = {(int(m[1]), m[2]) for name in made if (m := block.fullmatch(name))}
     if not found:
         raise FileError("No block of a text encoder is in this file.")
+    if missing:
+        raise FileError(f"'{missing[0]}.weight' is missing.\nThe file is not complete.")
     first = {inside for number, inside in found if number == 0 and "rel" not in inside}
     for number in range(max(n for n, _ in found) + 1):
         missing = sorted(inside for inside in first if (number, inside) not in found)
@@ -337,7 +422,11 @@ def _without_prefix(names: Names, metas: Mapping[str, TensorMeta]) -> dict[str, 
         shown = ", ".join(list(metas)[:3]) or "no tensors"
         raise FileError(f"No '{inner}' is in this file, but {shown}, ....")
     if not names.stem[1].startswith("model."):
-        return {name.removeprefix(start): meta for name, meta in metas.items()}
+        inner_metas = {name.removeprefix(start): meta for name, meta in metas.items()}
+        same = inner_metas.get("encoder.embed_tokens.weight")
+        if same is not None and "shared.weight" not in inner_metas:
+            inner_metas["shared.weight"] = same
+        return inner_metas
     outer = re.sub(r"(model\.language_model|language_model\.model|model|language_model)\.$", "", start)
     renamed: dict[str, TensorMeta] = {}
     for name, meta in metas.items():

@@ -120,7 +120,8 @@ def _pack_module(name):
 
 
 class ProbeModel:
-    """Facts about a model object as JSON; with `after`, as it is once that output exists."""
+    """Facts about a model object as JSON; with `after`, as it is once that output exists, and with `unload`, once the
+    host has taken its layers off the device without unloading the model."""
 
     RETURN_TYPES = ()
     FUNCTION = "tell"
@@ -129,13 +130,16 @@ class ProbeModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("LATENT",)}}
+        optional = {"after": ("LATENT",), "unload": ("BOOLEAN", {"default": False})}
+        return {"required": {"model": ("MODEL",)}, "optional": optional}
 
     @classmethod
-    def IS_CHANGED(cls, model, after=None):
+    def IS_CHANGED(cls, model, after=None, unload=False):
         return float("nan")
 
-    def tell(self, model, after=None):
+    def tell(self, model, after=None, unload=False):
+        if unload:
+            model.partially_unload(model.offload_device, 1e32)
         layers = [m for m in model.model.diffusion_model.modules() if hasattr(m, "quant_format")]
         kept = next((m.kept for m in layers if getattr(m, "kept", None) is not None), None)
         facts = {

@@ -1,6 +1,6 @@
 """Which product is fastest for one weight, by number of tokens? Time against bfloat16 `F.linear` in the same run.
 
-    python benchmarks/kernels.py [--size 12288 3072] [--tokens 1 4 16 ...] [--repeats 5] [--json FILE]
+    python benchmarks/products.py [--size 12288 3072] [--tokens 1 4 16 ...] [--repeats 5] [--json FILE]
 
 The crossovers in quantizers/kernels are read off this table.
 """

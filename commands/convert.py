@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from ..quantizers.errors import FileError
 from .paths import require_writable
 
 OK = 0
+PERIOD_S = 30.0
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -39,7 +43,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix of llama.cpp or of this pack")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one for each core")
+    parser.add_argument("--restart", action="store_true", help="start over where another conversion was interrupted")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     parser.add_argument("--arch", default="", metavar="NAME", help="general.architecture, in place of the detected one")
     parser.add_argument(
         "--measure", action="store_true", help="measure every value's error, not one row in 16; comfy: always so"
@@ -53,8 +58,8 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..quantizers.files.converting import convert, describe
     from ..quantizers.rules import parse_rules
 
-    if args.threads < 0:
-        raise FileError(f"--threads: {args.threads} is not a number of threads.")
+    if args.threads is not None and args.threads < 1:
+        raise FileError(f"--threads: {args.threads} is not a number of threads.\nLeave it out for one for each core.")
     if not args.dry_run:
         require_writable(args.target.parent, "OUT")
     if args.json is not None:
@@ -62,7 +67,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     rules = parse_rules(_read(args.rules)) if args.rules is not None else ()
     request = Request(
         args.source, args.target, args.type, rules, tuple(args.keep), (), args.imatrix, args.arch, args.overwrite,
-        args.threads, args.measure,
+        args.threads or 0, args.measure, args.restart,
     )  # fmt: skip
     if args.dry_run:
         plan = describe(request)
@@ -72,12 +77,35 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     def bar(total: int) -> Any:
-        return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+        if not sys.stderr.isatty():
+            return contextlib.nullcontext(Lines(total))
+        return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024)
 
     done = convert(request, bar)
     report |= {"report": done.to_dict()}
     print(done)
     return OK
+
+
+class Lines:
+    """Progress where standard error is no terminal: a line now and then.
+
+    Args:
+        total: bytes of the work.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = max(total, 1), 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, n: int, /) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._said >= PERIOD_S:
+            self._said = now
+            done, total = self._done / 2**20, self._total / 2**20
+            text = f"{self._done / self._total:.0%}: {done:.0f} of {total:.0f} MiB after {now - self._began:.0f} s"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> str:

@@ -8,6 +8,7 @@ interrupted one leaves none, or the one that was there. What was recorded and do
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -44,6 +45,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--merge", type=Path, action="append", default=[], metavar="OTHER.gguf",
         help="add what this file holds, so that several runs make one matrix; may be repeated, and may be FILE.gguf",
     )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the importance matrix that FILE.gguf is now")
     parser.add_argument(
         "--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's"
     )
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
     if args.out.suffix.lower() != ".gguf":
         raise FileError(f"--out: '{args.out}' is no .gguf file.\nImportance matrices are GGUF files; name it so.")
     require_writable(args.out.parent, "--out")
+    _refuse_loss(args)
     others = [read_imatrix(path) for path in args.merge]
     merge([*others, Imatrix({})])  # whatever will not add up is found before the run; it counts inputs as a run does
     try:
@@ -88,6 +91,29 @@ def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
         raise FileError(f"{err}\nWhat this run recorded is in {alone}, by itself.") from err
     print(f"{args.out}: {len(merged.entries)} weights from {', '.join(merged.datasets)}")
     return 0
+
+
+def _refuse_loss(args: argparse.Namespace) -> None:
+    """Raises:
+    FileError: FILE.gguf is there and no importance matrix, or one that is neither merged nor to be replaced.
+    """
+    from ..quantizers.files.imatrix import read_imatrix
+
+    out: Path = args.out
+    if not os.path.lexists(out):
+        return
+    try:
+        read_imatrix(out)
+    except FileError as err:
+        first = str(err).splitlines()[0]
+        raise FileError(
+            f"--out: {out} is there already, and no importance matrix that could be replaced.\n{first}\n"
+            "Give the new file another name."
+        ) from err
+    if not args.overwrite and not any(out.samefile(other) for other in args.merge if other.exists()):
+        raise FileError(
+            f"--out: {out} is there already.\n--merge {out} adds to it, --overwrite replaces it; or give another name."
+        )
 
 
 def _record(args: argparse.Namespace) -> Recording:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from ..quantizers.errors import FileError, near
 from ..quantizers.report import QuantReport
 from ..quantizers.spec import QuantSpec
 from ..quantizers.weight import QuantizedWeight
-from .record import Recorder
+
+if TYPE_CHECKING:
+    from .record import Recorder
 
 
 class Host(Protocol):

@@ -11,10 +11,8 @@ from ..hosts import current
 from ..quantizers import quoting
 from ..quantizers.apply import LoraMode, OnFailure
 from ..quantizers.auto import AUTO
-from ..quantizers.backends.gguf.types import format_id
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError, near
-from ..quantizers.files.recipes import ALIASES, RECIPES
 from ..quantizers.registry import format_ids
 from ..quantizers.rules import RuleSet
 from ..quantizers.spec import QuantSpec
@@ -35,6 +33,9 @@ def check_format(format: str | None, auto: bool = False) -> bool | str:
     words, _ = format_input(auto)
     if format is None or format in words:
         return True
+    from ..quantizers.backends.gguf.types import format_id
+    from ..quantizers.files.recipes import ALIASES, RECIPES
+
     text, name = f"format {format!r} is not among its {len(words)} choices.", str(format).upper()
     recipe = RECIPES.get(ALIASES.get(name, name))
     if recipe is None or format_id(recipe.base) not in words:

@@ -8,20 +8,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..hosts import current
 from ..quantizers.errors import FileError, QuantwireError
-from ..quantizers.files.convert import Ticks
-from ..quantizers.files.convert_plan import Request
-from ..quantizers.files.converting import Description, convert, describe
-from ..quantizers.files.gguf_parts import named_parts
-from ..quantizers.files.recipes import FLOATS, RECIPES
 from ..quantizers.registry import format_ids, get_entry
-from ..quantizers.report import QuantReport
 from ..quantizers.rules import RuleSet
 from ..quantizers.spec import QuantSpec
 from .common import CATEGORY, patterns, stamp, with_report
+
+if TYPE_CHECKING:  # the converter is imported when it is asked for: a host starts without it
+    from ..quantizers.files.convert import Ticks
+    from ..quantizers.files.convert_plan import Request
+    from ..quantizers.files.converting import Description
+    from ..quantizers.report import QuantReport
 
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -30,6 +30,7 @@ WORDS = {
     "`quantwire convert --imatrix`": "the input imatrix_name of ConvertModel",
     "Use --overwrite": "Set overwrite",
     "with --imatrix": "by imatrix_name",
+    "--restart": "set overwrite",
     "--overwrite": "overwrite",
 }
 
@@ -51,6 +52,8 @@ class _Inputs:
 
     def stamp(self) -> str:
         """The state of the files that are read."""
+        from ..quantizers.files.gguf_parts import named_parts
+
         return stamp([*named_parts(self.source), *([self.matrix] if self.matrix else [])])
 
 
@@ -87,6 +90,8 @@ class ConvertModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..quantizers.files.recipes import RECIPES
+
         host = current()
         files = [f"{folder}/{name}" for folder in FOLDERS for name in host.list_files(folder, SUFFIXES)]
         native = [f for f in format_ids() if get_entry(f).backend == "comfy"]
@@ -158,11 +163,13 @@ class ConvertModel:
         keep_layers: str = "",
         imatrix_name: str = "",
     ) -> dict[str, Any]:
+        from ..quantizers.files.convert_plan import Request
+
         inputs = _inputs(model_name, type, output_name, keep_layers, imatrix_name)
         exclude, include = (rules.exclude, rules.include) if isinstance(rules, QuantSpec) else ((), ())
         request = Request(
             inputs.source, inputs.target, type, rules.rules if rules is not None else (),
-            (*exclude, *patterns(keep_layers)), include, inputs.matrix, overwrite=overwrite,
+            (*exclude, *patterns(keep_layers)), include, inputs.matrix, overwrite=overwrite, restart=overwrite,
         )  # fmt: skip
         with _own_words():
             report = _described(request) if dry_run else _converted(inputs, request)
@@ -178,13 +185,17 @@ def _inputs(model_name: str, type: str, output_name: str, keep_layers: str, imat
 
 
 def _described(request: Request) -> Description:
+    from ..quantizers.files.converting import Description, describe
+
     plan = describe(request)
     return Description(_own(plan.text), plan.data | {"warnings": [_own(w) for w in plan.data["warnings"]]})
 
 
 def _converted(inputs: _Inputs, request: Request) -> QuantReport:
     """Convert, unless the same was made before and is there."""
-    asked, read, made = replace(request, overwrite=False), inputs.stamp(), _made.get(inputs)
+    from ..quantizers.files.converting import convert
+
+    asked, read, made = replace(request, overwrite=False, restart=False), inputs.stamp(), _made.get(inputs)
     if made is not None and (made.request, made.read, made.result) == (asked, read, stamp([inputs.target])):
         return made.report
     report = convert(request, _bar)
@@ -212,6 +223,8 @@ def _own(text: str) -> str:
 
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[_Bar]:
+    from ..quantizers.files.convert import Ticks
+
     ticks = Ticks(current().progress, total)
     yield _Bar(ticks)
     ticks.close()
@@ -235,6 +248,8 @@ def _target(model_name: str, source: Path, type: str, output_name: str) -> Path:
     Raises:
         FileError: a name that leads out of the model folder.
     """
+    from ..quantizers.files.recipes import FLOATS, RECIPES
+
     root = Path(os.path.normpath(_root(model_name, source)))
     name = output_name.strip()
     if not name:

@@ -75,8 +75,9 @@ class SaveImatrix:
                 "Link that model to the sampler, and the sampler's latent to `after`."
             )
         path = current().output_path(filename.removesuffix(".gguf") + ".gguf")
-        before = [read_imatrix(path)] if if_exists == ADD and path.exists() else []
-        matrix = merge([*before, recorded])
+        # Read to be replaced, too: anything else than an importance matrix, such as a model, is refused.
+        there = [read_imatrix(path)] if path.exists() else []
+        matrix = merge([*there, recorded] if if_exists == ADD else [recorded])
         write_imatrix(path, matrix)
         text = f"{describe(recorded, sorted(imatrix.idle))}\n{path}: {matrix.chunk_count} model calls in all"
         current().show_text(text)

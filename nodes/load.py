@@ -8,7 +8,6 @@ from ..hosts import current
 from ..quantizers.apply import OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError
-from ..quantizers.files.gguf_parts import named_parts
 from ..quantizers.spec import QuantSpec
 from .common import (
     CATEGORY,
@@ -130,4 +129,6 @@ def _validated(name: str | None, suffixes: tuple[str, ...]) -> bool | str:
 
 
 def _state(name: str) -> str:
+    from ..quantizers.files.gguf_parts import named_parts
+
     return stamp(named_parts(current().resolve(FOLDER, name)))

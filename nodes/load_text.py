@@ -7,7 +7,6 @@ from typing import Any
 from ..hosts import current
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError, SpecError
-from ..quantizers.files.gguf_parts import named_parts
 from .common import CATEGORY, carrier_input, stamp, with_report
 
 FOLDER = "text_encoders"
@@ -71,6 +70,8 @@ class LoadGGUFTextEncoder:
         # Any GGUF file of the folder may be the vision part that an earlier run did not find.
         folders = dict.fromkeys(p.parent for p in paths if p.suffix.lower() == ".gguf")
         beside = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() == ".gguf"]
+        from ..quantizers.files.gguf_parts import named_parts
+
         return stamp(dict.fromkeys([*(part for path in paths for part in named_parts(path)), *beside]))
 
     def load(

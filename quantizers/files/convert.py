@@ -88,8 +88,9 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
         notes=list(conversion.notes), warnings=list(conversion.warnings), family=conversion.found.architecture,
     )  # fmt: skip
     start = time.perf_counter()
-    head, inputs = _identity(conversion), input_files(request, conversion.source)
-    with partial(request.target, conversion.total, head, conversion.resumable, request.overwrite, inputs) as file:
+    head, inputs = identity(conversion), input_files(request, conversion.source)
+    resumable, overwrite, restart = conversion.resumable, request.overwrite, request.restart
+    with partial(request.target, conversion.total, head, resumable, overwrite, inputs, restart) as file:
         if file.note:
             report.notes.append(file.note)
         if not file.done:
@@ -117,7 +118,7 @@ def _main_format(conversion: Conversion) -> str:
     return format_id(base) if base in TYPES else base
 
 
-def _identity(conversion: Conversion) -> dict[str, Any]:
+def identity(conversion: Conversion) -> dict[str, Any]:
     """What a run that continues must have in common with the one that was interrupted."""
     request = conversion.request
     options = [conversion.imatrix is not None and _file_hash(cast(Path, request.imatrix)), request.measure]

@@ -64,6 +64,7 @@ class Request:
         overwrite: replace a target that is there.
         threads: 0 is one for each core.
         measure: compare every value with its quantized form, not one row in 16.
+        restart: throw away what another conversion of the target's name left when it was interrupted.
     """
 
     source: Path
@@ -77,6 +78,7 @@ class Request:
     overwrite: bool = False
     threads: int = 0
     measure: bool = False
+    restart: bool = False
 
 
 @dataclass(frozen=True)
@@ -406,8 +408,14 @@ def _remarks(
     if again:
         was = Counter(source.kinds[p.source] for c in again for p in c.target.pieces if p.source in source.kinds)
         warnings.append(
-            f"{len(again)} tensors are quantized a second time (from {', '.join(was)}), which adds both errors; "
-            "convert the full-precision file where there is one"
+            f"{len(again)} tensors are quantized a second time (from {', '.join(was)}), which adds both errors (the "
+            "SQNR is that of the second alone); convert the full-precision file where there is one"
+        )
+    restored = [c for c in choices if c.kind not in TYPES and any(p.source in source.kinds for p in c.target.pieces)]
+    if restored:
+        was = Counter(source.kinds[p.source] for c in restored for p in c.target.pieces if p.source in source.kinds)
+        notes.append(
+            f"{len(restored)} tensors are dequantized (from {', '.join(was)}); what quantizing lost stays lost"
         )
     if importance is not None and imatrix is not None:
         bare = [c.target.name for c in choices if c.kind in TYPES and c.target.name not in importance]
@@ -493,7 +501,8 @@ def source_nbytes(source: Source, t: Target) -> int:
     for piece in t.pieces:
         meta = source.metas[piece.source]
         kind = source.kinds.get(piece.source)
-        size = meta.nbytes if kind is None else meta.numel // TYPES[kind].block * TYPES[kind].nbytes
+        size = meta.nbytes if kind is None else meta.numel
+        size = size if kind not in TYPES else size // TYPES[kind].block * TYPES[kind].nbytes
         rows = meta.shape[0] if meta.shape else 1
         total += size * piece.rows(rows) / max(rows, 1)
     return int(total)

@@ -13,6 +13,7 @@ from ..report import QuantReport
 from . import convert as slabs
 from . import native
 from .convert_plan import Conversion, Request, dry_run, dry_run_json, plan_conversion
+from .journal import remains
 
 
 class Bar(Protocol):
@@ -48,9 +49,20 @@ def describe(request: Request) -> Description:
         lines, data = native.dry_run(planned), native.dry_run_json(planned)
     else:
         lines, data = dry_run(planned), dry_run_json(planned)
-    obstacles = _obstacles(request)
+    obstacles, left = _obstacles(request), _left(planned)
+    data["notes"] += left
     data["warnings"] += obstacles
-    return Description("\n".join([lines, *(f"WARNING: {o}" for o in obstacles)]), data)
+    return Description("\n".join([lines, *left, *(f"WARNING: {o}" for o in obstacles)]), data)
+
+
+def _left(planned: Conversion | native.NativeConversion) -> list[str]:
+    """What would become of an interrupted conversion."""
+    request = planned.request
+    if isinstance(planned, native.NativeConversion):
+        said = remains(request.target, planned.total, native.identity(planned), False, request.restart)
+    else:
+        said = remains(request.target, planned.total, slabs.identity(planned), planned.resumable, request.restart)
+    return [said] if said else []
 
 
 def _obstacles(request: Request) -> list[str]:

@@ -64,6 +64,16 @@ def refuse_for_model(path: Path, kind: Kind) -> None:
         raise FileError(f"{path.name}: holds {kind.value}, and LoadGGUF opens a diffusion model.\n{_REMEDIES[kind]}")
 
 
+def refuse_for_conversion(path: Path, kind: Kind) -> None:
+    """Refuse what can be no source of a conversion and looks like no other model either.
+
+    Raises:
+        FileError: says what the file is, and what it is for.
+    """
+    if kind is Kind.IMATRIX:
+        raise FileError(f"{path.name}: holds {kind.value}, and a conversion reads a model.\n{_REMEDIES[kind]}")
+
+
 _REMEDIES = {
     Kind.ALL_IN_ONE: (
         "Its diffusion model, text encoders and VAE stand in one file. Take a file of the diffusion model alone, or "

@@ -35,8 +35,15 @@ from .locks import locked
 log = logging.getLogger(__name__)
 SYNC_NBYTES = 256 << 20
 SYNC_S = 2.0
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 MARK = b'{"journal": 1'  # how every journal of ours begins
+# What it means that a value of the first line is another one; that of `contents` follows from most of the others.
+OTHERS = {
+    "source": "the source is another one, or was written to",
+    "options": "another importance matrix, or --measure",
+    "versions": "other versions of this pack or its libraries",
+    "contents": "other rules, layers to keep or architecture",
+}
 BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -49,7 +56,14 @@ class Partial:
     """
 
     def __init__(
-        self, target: Path, total: int, head: Mapping[str, Any], resumable: bool, overwrite: bool, alone: bool
+        self,
+        target: Path,
+        total: int,
+        head: Mapping[str, Any],
+        resumable: bool,
+        overwrite: bool,
+        restart: bool,
+        alone: bool,
     ) -> None:
         self.target = target
         self.path = target.with_name(f"{target.name}.partial")
@@ -65,6 +79,7 @@ class Partial:
         self.journal = self.path.with_name(f"{self.path.name}.jsonl")
         self._resumable = resumable and alone
         self._overwrite = overwrite
+        self._restart = restart
         self._pending: list[tuple[str, Any]] = []
         self._unsynced = 0
         self._synced_at = time.monotonic()
@@ -102,7 +117,8 @@ class Partial:
         Returns:
             bytes of the journal to continue; 0 to begin anew.
         Raises:
-            FileError: a file at one of our names that is not ours.
+            FileError: a file at one of our names that is not ours, or tensors of another conversion, which are only
+                thrown away if the user says so.
         """
         try:
             raw = self.journal.read_bytes()
@@ -119,23 +135,20 @@ class Partial:
             return 0
         length = raw.rfind(b"\n") + 1
         was, done = _parse(raw[:length])
-        if self._resumable and was == head and self._is_whole(total):
+        why = _obstacle(was, head, self._resumable, _is_whole(self.path, total), self._restart)
+        if not why:
             self.done = done
             self.note = f"continued an interrupted conversion: {len(done)} tensors were there"
             return length
-        other = " and ".join(k for k in head if k in was and was[k] != head[k])
-        why = f"other {other}" if other else "what it left is damaged"
-        why = why if self._resumable else "such a conversion cannot continue"
+        other = _difference(was, head)
+        if done and other and not self._restart:
+            raise FileError(
+                f"{self.target}: another conversion of this name was interrupted, with {len(done)} tensors done: "
+                f"{other}.\nGive what it was started with to continue it, or --restart to start over."
+            )
         self.note = f"an interrupted conversion was started over: {why}"
-        log.warning("%s: %s", self.target.name, self.note)
         self.discard()
         return 0
-
-    def _is_whole(self, total: int) -> bool:
-        try:
-            return self.path.lstat().st_size == total  # not that of a link, which we never make
-        except OSError:
-            return False
 
     def _reserve(self, total: int) -> None:
         free = shutil.disk_usage(self.path.parent).free
@@ -293,6 +306,49 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return (cast("dict[str, Any]", head), done) if isinstance(head, dict) else ({}, {})
 
 
+def _is_whole(path: Path, total: int) -> bool:
+    try:
+        return path.lstat().st_size == total  # not that of a link, which we never make
+    except OSError:
+        return False
+
+
+def _difference(was: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+    """In what another conversion differs from this one; empty where it does not, or where nothing tells."""
+    other = [k for k in head if k in was and was[k] != head[k]]
+    other = [k for k in other if k != "contents"] or other
+    return ", ".join(f"type {was[k]} there, {head[k]} here" if k == "type" else OTHERS.get(k, k) for k in other)
+
+
+def _obstacle(was: Mapping[str, Any], head: Mapping[str, Any], resumable: bool, whole: bool, restart: bool) -> str:
+    """Why an interrupted conversion does not continue; empty where it does."""
+    if restart:
+        return "as asked for"
+    if not resumable:
+        return "such a conversion cannot continue"
+    return _difference(was, head) or ("" if whole and was == head else "what it left is damaged")
+
+
+def remains(target: Path, total: int, head: Mapping[str, Any], resumable: bool, restart: bool) -> str:
+    """What a conversion would do with what an interrupted one left, for a dry run; empty where nothing is there."""
+    path = target.with_name(f"{target.name}.partial")
+    try:
+        raw = path.with_name(f"{path.name}.jsonl").read_bytes()
+    except OSError:
+        return ""
+    if not raw.startswith(MARK):
+        return ""
+    was, done = _parse(raw[: raw.rfind(b"\n") + 1])
+    head = {"journal": 1, **head}
+    there = f"{path.name} is there, of an interrupted conversion with {len(done)} tensors done"
+    why = _obstacle(was, head, resumable, _is_whole(path, total), restart)
+    if not why:
+        return f"{there}: it would continue"
+    if done and not restart and (other := _difference(was, head)):
+        return f"{there}, and of another one: {other}; this one would be refused (--restart to start over)"
+    return f"{there}: it would start over: {why}"
+
+
 def _not_ours(path: Path, target: Path) -> FileError:
     return FileError(
         f"{path}: is no file of an interrupted conversion of ours, and {target.name} is written through this name.\n"
@@ -332,6 +388,7 @@ def partial(
     resumable: bool = True,
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
+    restart: bool = False,
 ) -> Generator[Partial]:
     """Write `target` inside the block; it takes its name at the end of it.
 
@@ -344,6 +401,7 @@ def partial(
         resumable: a later run may continue.
         overwrite: replace a target that is there.
         inputs: files that are read meanwhile, and must not be at a name that is written.
+        restart: throw away what an interrupted conversion left.
     Raises:
         FileError: it cannot be written, is there already, or somebody else is writing it; `target` is as it was.
     """
@@ -357,7 +415,7 @@ def partial(
         with locked(lock_of(target), waiting) as alone:
             if not overwrite and os.path.lexists(target):
                 raise FileError(f"{target}: is there already.\nUse --overwrite to replace it, or give another name.")
-            opened = Partial(target, total, head, resumable, overwrite, alone)
+            opened = Partial(target, total, head, resumable, overwrite, restart, alone)
             try:
                 yield opened
                 opened.commit()
@@ -368,5 +426,9 @@ def partial(
                 opened.close(keep=True)
                 raise
     except OSError as err:
-        full = f"\nFree {total / 2**20:.0f} MiB there, or write to another disk." if err.errno in NO_SPACE else ""
-        raise FileError(f"{target}: cannot be written: {err.strerror or err}.{full}") from err
+        mib, todo = f"{total / 2**20:.0f} MiB", ""
+        if err.errno in NO_SPACE:
+            todo = f"\nFree {mib} there, or write to another disk."
+        elif err.errno == errno.EFBIG:
+            todo = f"\nA limit (`ulimit -f`) or the file system forbids files of {mib}; raise it, or write elsewhere."
+        raise FileError(f"{target}: cannot be written: {err.strerror or err}.{todo}") from err

@@ -163,10 +163,15 @@ def _warnings(conversion: NativeConversion) -> list[str]:
     blocks = sum(1 for t in conversion.targets for p in t.pieces if p.source in conversion.source.kinds)
     if blocks:
         warnings.append(
-            f"{blocks} tensors are quantized a second time, which adds both errors; convert the full-precision file "
-            "where there is one"
+            f"{blocks} tensors are quantized a second time, which adds both errors (the SQNR is that of the second "
+            "alone); convert the full-precision file where there is one"
         )
     return warnings
+
+
+def identity(conversion: NativeConversion) -> dict[str, Any]:
+    """What tells one from a conversion that was interrupted; none continues."""
+    return {"type": conversion.plan.spec.to_uri()}
 
 
 def run(conversion: NativeConversion, advance: Any) -> QuantReport:
@@ -182,10 +187,12 @@ def run(conversion: NativeConversion, advance: Any) -> QuantReport:
     )  # fmt: skip
     start = time.perf_counter()
     room = _room(4 * len(conversion.targets))
-    head, inputs = {"type": plan.spec.to_uri()}, input_files(request, conversion.source)
+    head, inputs = identity(conversion), input_files(request, conversion.source)
     with (
         _threads(request.threads),
-        partial(request.target, room + conversion.total, head, False, request.overwrite, inputs) as file,
+        partial(
+            request.target, room + conversion.total, head, False, request.overwrite, inputs, request.restart
+        ) as file,
     ):
         if file.note:
             report.notes.append(file.note)

@@ -28,13 +28,19 @@ from ..weight import QuantizedWeight, TensorMeta
 from .checkpoint import PICKLE_MAGIC, PLAIN_GGUF, ZIP_MAGIC
 from .file_state import check_unchanged, file_state
 from .gguf_header import MAGIC, GgufHeader, GgufTensor, read_gguf_header
+from .gguf_kind import kind_of, refuse_for_conversion
 from .gguf_layout import ORIG_SHAPE
 from .layouts.target import Piece, Target, apply
 from .stream import TensorFile
 
+GGUF_SUFFIX = ".gguf"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX_NAME = re.compile(r"\.index(\.\w+)?\.json$")  # one of pickles, or of a variant such as fp16, too
 PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
+ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)  # pathlib makes one slash of two
+HEAD_NBYTES = 64
+# 8-bit values without scales, and what safetensors calls them; bfloat16 holds each of them exactly.
+FLOAT8 = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Where diffusers and transformers put the weights of one component.
 _NAMES = ("diffusion_pytorch_model", "model")
@@ -70,7 +76,7 @@ class Source(Protocol):
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """Name -> ggml type of the tensors that are stored in blocks."""
+        """Name -> type of the tensors that are quantized: ggml's, in blocks, or one of `FLOAT8`."""
         ...
 
     @property
@@ -104,22 +110,43 @@ def open_source(path: Path) -> Source:
     Raises:
         FileError: missing, of another kind, damaged, already quantized, or one of several parts.
     """
+    if ADDRESS.match(str(path)) and not path.exists():
+        raise FileError(f"'{path}' is an address, and a conversion reads files.\nDownload the file first.")
     if path.is_dir():
         return _in_folder(path)
     if INDEX_NAME.search(path.name):
         return _joined(path, path)
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
+            head = file.read(HEAD_NBYTES)
     except OSError as err:
         raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}") from err
     if head[:4] == MAGIC:
-        return GgufSource(path)
+        source = GgufSource(path)
+        refuse_for_conversion(path, kind_of(source.strings, source.metas))
+        return source
     pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
     if head[:2] == ZIP_MAGIC or pickled:
         raise _pickled(path.name)
+    _refuse_others(path, head)
     _refuse_part(path)
     return SafetensorsSource(path, [path])
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """What does not begin as a safetensors file, where its beginning or its name says what it is."""
+    if not head:
+        raise FileError(f"{path.name}: is empty.\nGet the file again.")
+    if path.suffix.lower() == GGUF_SUFFIX and head[8:9] != b"{":
+        raise FileError(
+            f"{path.name}: not a GGUF file (it begins with {head[:4]!r}).\n"
+            "It is damaged, or something else; get it again."
+        )
+    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+        raise FileError(
+            f"{path.name}: a text file, no model (it begins with {head[:16]!r}).\n"
+            "Give a safetensors or GGUF file; a download that failed may have left an error page."
+        )
 
 
 def _pickled(name: str) -> FileError:
@@ -214,12 +241,12 @@ def _joined(path: Path, index: Path) -> SafetensorsSource:
 
 
 class SafetensorsSource:
-    """Full-precision tensors of one or several safetensors files."""
+    """Tensors of one or several safetensors files; 8-bit floats are seen as bfloat16."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.label = path.name
         self.files = list(files)
-        self.kinds: Mapping[str, str] = {}
+        self.kinds: dict[str, str] = {}
         self._parts = [TensorFile(file) for file in files]
         self._where: dict[str, TensorFile] = {}
         self.strings: dict[str, str] = {}
@@ -230,7 +257,10 @@ class SafetensorsSource:
                 if name in self._where:
                     raise FileError(f"{path.name}: '{name}' stands in two of its files.")
                 self._where[name] = part
-                self.metas[name] = TensorMeta(name, tuple(t.shape), t.dtype)
+                dtype = torch.bfloat16 if t.dtype in FLOAT8 else t.dtype
+                self.metas[name] = TensorMeta(name, tuple(t.shape), dtype)
+                if t.dtype in FLOAT8:
+                    self.kinds[name] = FLOAT8[t.dtype]
 
     def open(self, name: str) -> Stored:
         return plain(self._where[name].read(name))
@@ -338,9 +368,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def decode(stored: Stored, rows: Tensor) -> Tensor:
-    """Rows of a stored tensor as values: plain ones as they are, blocks as float32."""
+    """Rows of a stored tensor as values: plain ones as they are, 8-bit floats as bfloat16, blocks as float32."""
     if not stored.kind:
-        return rows
+        return rows.to(torch.bfloat16) if rows.dtype in FLOAT8 else rows
     kind = format_id(stored.kind)
     if not rows.numel():
         return torch.empty(rows.shape[0], stored.columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import gguf
 import pytest
 import torch
 from quantwire.cli import main
+from quantwire.commands import convert as command_module
 from quantwire.quantizers.backends.gguf import ggml
 from quantwire.quantizers.backends.gguf.types import TYPES
 from quantwire.quantizers.errors import FileError, QuantwireError, SpecError, WeightError
@@ -440,13 +442,43 @@ def test_what_changed_starts_over(tmp_path: Path, source: Path) -> None:
     assert "continued an interrupted conversion: 0 tensors were there" in report.notes
     interrupt(source, target, "Q4_0", overwrite=True)
     report = run(source, target, "Q8_0", overwrite=True)
-    assert "an interrupted conversion was started over: other type and contents" in report.notes
+    assert "an interrupted conversion was started over: type Q4_0 there, Q8_0 here" in report.notes
     assert sha256(target) == GOLDEN["Q8_0"]
     interrupt(source, target, "Q8_0", overwrite=True)
     changed = flux() | {MLP: torch.zeros(2 * WIDTH, WIDTH, dtype=torch.bfloat16)}
     report = run(save(source, changed), target, "Q8_0", overwrite=True)
-    assert any(n.startswith("an interrupted conversion was started over: other source") for n in report.notes)
+    assert any(
+        n.startswith("an interrupted conversion was started over: the source is another one") for n in report.notes
+    )
     assert not restored(read_gguf(target).tensors[MLP]).any()
+
+
+def test_a_mistyped_second_command_is_refused(tmp_path: Path, slow_source: Path, capsys: Any) -> None:
+    target, done = tmp_path / "a.gguf", Bar()
+
+    def stop(nbytes: int) -> None:
+        done.update(1)
+        if done.nbytes > 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.run_conversion(plan_conversion(Request(slow_source, target, "Q8_0", threads=1)), stop)
+    kept = (tmp_path / "a.gguf.partial.jsonl").read_bytes()
+    command = ["convert", str(slow_source), str(target), "--type"]
+    assert main([*command, "Q4_0"]) == 2
+    assert "tensors done: type Q8_0 there, Q4_0 here.\n" in capsys.readouterr().err
+    assert main([*command, "Q8_0", "--keep", "img_in"]) == 2
+    assert "other rules, layers to keep or architecture" in capsys.readouterr().err
+    assert main([*command, "Q4_0", "--dry-run"]) == 0
+    assert "type Q8_0 there, Q4_0 here; this one would be refused (--restart to start over)" in capsys.readouterr().out
+    assert main([*command, "Q8_0", "--dry-run"]) == 0
+    assert "it would continue" in capsys.readouterr().out
+    assert (tmp_path / "a.gguf.partial.jsonl").read_bytes() == kept
+    assert main([*command, "Q4_0", "--restart"]) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("an interrupted conversion was started over: as asked for") == 1
+    run(slow_source, tmp_path / "b.gguf", "Q4_0")
+    assert sha256(target) == sha256(tmp_path / "b.gguf")
 
 
 @pytest.mark.parametrize("damage", ['{"journal": 1', '{"journal": 1}\nnot json\n', '{"journal": 1}\n[1]\n'])
@@ -607,8 +639,66 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, source: Path, target: s
     )
     assert done.returncode == 2, done.stderr
     assert f"FileError: {path}: cannot be written: File too large." in done.stderr
+    assert "Free " not in done.stderr
+    assert "`ulimit -f`" in done.stderr
     assert path.read_bytes() == b"old"
     assert names_in(path.parent) == [target]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "target", ["Q8_0.gguf", "Q4_K_M.gguf", "BF16.gguf", "BF16.safetensors", "comfy-int8.safetensors"]
+)
+def test_fp8_without_scales_is_taken_for_its_values(tmp_path: Path, dtype: torch.dtype, target: str) -> None:
+    eight = {n: t.to(dtype) for n, t in flux().items()}
+    save(tmp_path / "a" / "m.safetensors", eight)
+    save(tmp_path / "b" / "m.safetensors", {n: t.to(torch.bfloat16) for n, t in eight.items()})
+    kind = target.partition(".")[0]
+    report, _ = (run(tmp_path / f / "m.safetensors", tmp_path / f / target, kind) for f in "ab")
+    assert sha256(tmp_path / "a" / target) == sha256(tmp_path / "b" / target)
+    name = "F8_E4M3" if dtype is torch.float8_e4m3fn else "F8_E5M2"
+    if kind == "BF16":
+        assert f"{len(eight)} tensors are dequantized (from {name}); what quantizing lost stays lost" in report.notes
+    else:
+        assert any("quantized a second time" in w and "SQNR is that of the second" in w for w in report.warnings)
+    assert report.nbytes_in == sum(t.numel() for t in eight.values())
+
+
+def test_the_report_of_the_way_back(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "a.gguf", "Q4_0")
+    said = str(run(tmp_path / "a.gguf", tmp_path / "b.safetensors", "BF16"))
+    assert said.startswith(f"b.safetensors: {len(flux())} tensors, BF16\n")
+    assert "are dequantized (from Q4_0); what quantizing lost stays lost" in said
+    assert "kept at full precision" not in said
+
+
+def test_progress_without_a_terminal(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["convert", str(source), str(tmp_path / "a.gguf"), "--type", "Q8_0", "--overwrite"]
+    assert main(command) == 0
+    assert not capsys.readouterr().err, "it takes less than the time between two lines"
+    monkeypatch.setattr(command_module, "PERIOD_S", 0.0)
+    assert main(command) == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"100%: (\d+) of \1 MiB after 0 s", last)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--threads", "0"], "FileError: --threads: 0 is not a number of threads."),
+        (["--keep", "re:("], "SpecError: Layer pattern 're:(' is no regular expression: missing )"),
+        (["--rules", "rules.txt"], "SpecError: Line 2: Layer pattern 're:(' is no regular expression: missing )"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, source: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rules.txt").write_text("img_in = keep\nre:( = Q8_0\n")
+    assert main(["convert", str(source), "a.gguf", "--type", "Q4_0", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(said)
 
 
 # Refusals
@@ -646,8 +736,8 @@ def with_value(value: float, name: str = MLP) -> dict[str, Tensor]:
         pytest.param(flux(), "bnb-nf4", SpecError, "A .gguf file cannot hold bnb-nf4", id="backend"),
         pytest.param(flux(), "IQ1_S", SpecError, "needs an importance matrix", id="needs-importance"),
         pytest.param(
-            flux() | {"x.weight": torch.zeros(8, 8, dtype=torch.float8_e4m3fn)}, "Q8_0", WeightError,
-            "'x.weight': dtype is torch.float8_e4m3fn", id="float8",
+            flux() | {"x.weight": torch.zeros(8, 8, dtype=torch.float64)}, "Q8_0", WeightError,
+            "'x.weight': dtype is torch.float64", id="float64",
         ),
         pytest.param(
             flux() | {"img_in.comfy_quant": torch.zeros(8, dtype=torch.uint8)}, "Q8_0", FileError,
@@ -669,12 +759,21 @@ def test_refusals_leave_the_old_file(
 
 def test_what_is_no_model_file(tmp_path: Path, source: Path) -> None:
     (tmp_path / "text.safetensors").write_text("this is no model, and it is longer than eight bytes")
+    (tmp_path / "config.json").write_text('{"model": 1}')
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "damaged.gguf").write_bytes(b"XXUF" + bytes(200))
+    write_imatrix(tmp_path / "matrix.gguf", Imatrix({MLP: Sums(torch.ones(1, 4).double(), torch.tensor([1]))}))
     (tmp_path / "pickle.pt").write_bytes(b"PK\3\4" + bytes(20))
     (tmp_path / "old.gguf").write_bytes(b"old")
     (tmp_path / "pipeline" / "transformer").mkdir(parents=True)
     save(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors", flux())
     cases = {
-        ("text.safetensors", "a.gguf"): "not a safetensors file",
+        ("text.safetensors", "a.gguf"): "text.safetensors: a text file, no model",
+        ("config.json", "a.gguf"): "config.json: a text file, no model",
+        ("empty.gguf", "a.gguf"): "empty.gguf: is empty",
+        ("damaged.gguf", "a.gguf"): "damaged.gguf: not a GGUF file (it begins with b'XXUF')",
+        ("matrix.gguf", "a.gguf"): "holds an importance matrix, and a conversion reads a model.\nIt goes to",
+        ("https://host/a.safetensors", "a.gguf"): "is an address, and a conversion reads files.\nDownload",
         ("pickle.pt", "a.gguf"): "a file of torch.save is not read",
         ("flux.safetensor", "a.gguf"): "Did you mean flux.safetensors",
         ("flux.safetensors", "a.bin"): "the target is a .gguf or .safetensors file, got '.bin'",
@@ -684,7 +783,7 @@ def test_what_is_no_model_file(tmp_path: Path, source: Path) -> None:
     }
     for (name, target), said in cases.items():
         with pytest.raises(FileError) as caught:
-            run(tmp_path / name, tmp_path / target, "BF16")
+            run(Path(name) if "://" in name else tmp_path / name, tmp_path / target, "BF16")
         assert said in str(caught.value), name
     with pytest.raises(SpecError, match=r"^A safetensors file cannot hold the GGUF type Q4_K_M"):
         run(source, tmp_path / "a.safetensors", "Q4_K_M")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from quantwire.quantizers.errors import FileError
-from quantwire.quantizers.files.journal import partial
+from quantwire.quantizers.files.journal import partial, remains
 
 HEAD = {"type": "new"}
 
@@ -71,6 +71,25 @@ def test_a_journal_that_was_killed_in_its_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.partial.jsonl").write_bytes(b'{"jour')
     put(tmp_path / "a")
     assert names_in(tmp_path) == ["a"]
+
+
+def test_what_another_conversion_did_is_not_thrown_away(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with pytest.raises(_Stop):
+        put(target, meanwhile=stop)
+    other, same = {"type": "old"}, {"type": "new"}
+    assert remains(target, 3, same, True, False).endswith("with 1 tensors done: it would continue")
+    assert "type new there, old here; this one would be refused" in remains(target, 3, other, True, False)
+    assert remains(target, 3, other, True, True).endswith("it would start over: as asked for")
+    with pytest.raises(FileError, match=r"with 1 tensors done: type new there, old here\.\n.*--restart"):
+        put(target, b"old")
+    with pytest.raises(FileError, match="--restart"):
+        put(target, b"old", resumable=False)
+    with pytest.raises(_Stop):
+        put(target, meanwhile=stop)
+    put(target, b"old", restart=True)
+    assert target.read_bytes() == b"old"
+    assert not remains(target, 3, same, True, False)
 
 
 def test_a_partial_file_that_became_a_link_starts_over(tmp_path: Path) -> None:

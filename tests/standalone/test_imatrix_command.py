@@ -59,7 +59,7 @@ class Command:
         return target
 
     def record(self, workflow: str | dict[str, Any], *arguments: str, to: str = "a.gguf") -> Imatrix:
-        return read_imatrix(self(workflow, *arguments, to=to))
+        return read_imatrix(self(workflow, "--overwrite", *arguments, to=to))
 
     def refused(self, *said: str) -> None:
         first = next(line for line in self.err.splitlines() if re.match(r"[A-Z]\w*Error: ", line))
@@ -329,6 +329,29 @@ def test_bad_arguments(imatrix: Command, arguments: list[str], to: str, said: li
     assert only_the_workflow(imatrix.folder)
 
 
+def test_what_is_there_is_not_lost(imatrix: Command) -> None:
+    target = imatrix.folder / "a.gguf"
+    write_imatrix(target, Imatrix({"a": Sums(torch.ones(1, 4, dtype=torch.float64), torch.tensor([1]))}, ("a",), 1))
+    before = target.read_bytes()
+    imatrix("full_precision", code=2)
+    imatrix.refused("FileError: --out: ", "is there already.")
+    assert f"--merge {target} adds to it, --overwrite replaces it" in imatrix.err
+    assert "KSampler" not in imatrix.err
+    assert target.read_bytes() == before
+    assert "a" not in imatrix.record("full_precision").entries
+
+
+@pytest.mark.parametrize("arguments", [[], ["--overwrite"]])
+def test_a_model_is_never_overwritten(imatrix: Command, demo_models: Path, arguments: list[str]) -> None:
+    target = imatrix.folder / "a.gguf"
+    model = demo_models / "diffusion_models" / "digits_flux.safetensors"
+    assert main(["convert", str(model), str(target), "--type", "Q8_0"]) == 0
+    before = target.read_bytes()
+    imatrix("full_precision", *arguments, code=2)
+    imatrix.refused("FileError: --out: ", "is there already, and no importance matrix")
+    assert target.read_bytes() == before
+
+
 def test_a_workflow_that_samples_nothing(imatrix: Command) -> None:
     imatrix("full_precision", "--set", "Sampler.denoise=0", code=2)
     imatrix.refused("transformer did not run, so there is nothing to record of it (what ran: clip_l).")
@@ -372,8 +395,10 @@ def test_weights_that_no_input_reached_are_named(imatrix: Command) -> None:
 def test_ctrl_c_in_mid_sampling_leaves_the_old_file(tmp_path: Path, demo_models: Path) -> None:
     out = tmp_path / "out" / "a.gguf"
     out.parent.mkdir()
-    out.write_bytes(b"old")
+    write_imatrix(out, Imatrix({"a": Sums(torch.ones(1, 4, dtype=torch.float64), torch.tensor([1]))}, ("a",), 1))
+    before = out.read_bytes()
     arguments = ["imatrix", str(WORKFLOWS / "full_precision.json"), "--set", "Sampler.steps=10000", "--out", str(out)]
+    arguments += ["--overwrite"]
     process = subprocess.Popen(
         [sys.executable, "-m", "quantwire.cli", *arguments, "--models", str(demo_models)], cwd=tmp_path,
         stderr=subprocess.PIPE, text=True,
@@ -392,5 +417,5 @@ def test_ctrl_c_in_mid_sampling_leaves_the_old_file(tmp_path: Path, demo_models:
         process.kill()
         process.wait()
     assert "Interrupted." in "".join(heard)
-    assert out.read_bytes() == b"old"
+    assert out.read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == ["a.gguf"]

@@ -22,13 +22,11 @@ from torch.autograd import forward_ad
 
 from ...base import Availability, Kernel, Quantizer
 from ...errors import SpecError
-from ...kernels import triton_gguf
 from ...kernels.choose import expanding
 from ...kernels.expand import Expansion, dequantized, expand
 from ...kernels.scratch import watched
 from ...weight import QuantizedWeight, TensorMeta
 from ..probing import probe_package, probe_version
-from . import eager
 from .choose import few_tokens, library_or_reason
 from .ggml import check_range, is_plain
 from .types import TYPES, type_name
@@ -119,6 +117,8 @@ class Gguf(Quantizer):
         shape = (qdata.shape[0], q.orig_shape[-1])
         library, _ = library_or_reason(qdata.device)
         if library is None or not is_plain(qdata):
+            from . import eager
+
             return eager.expansion(self.type_name, qdata, shape)
         qdata = qdata.resolve_neg().contiguous()
 
@@ -142,11 +142,12 @@ class Gguf(Quantizer):
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
         if not q.numel:
             return expanding(self.form, "the weight is empty")
-        if device.type == "cuda":
+        if device.type != "cpu":
+            from ...kernels import triton_gguf
+
             kernel = triton_gguf.kernel_for(self.type_name, device, dtype, tokens)
             if kernel is not None:
                 return kernel
-        if device.type != "cpu":
             refusal = triton_gguf.refusal(device, dtype, self.type_name, (1, self.kind.block))
             return expanding(self.form, f"torch operations: {refusal}")
         library, reason = library_or_reason(device)

@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,21 +28,10 @@ from quantwire.quantizers.kernels.expand import expand
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.report import versions
 from quantwire.quantizers.spec import QuantSpec
+from timing import interleaved
 
 NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 COPIED = 256 << 20
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(name: str, size: tuple[int, int], repeats: int, numpy: bool) -> dict[str, Any]:

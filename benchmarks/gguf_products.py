@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +25,9 @@ from quantwire.quantizers.kernels.expand import linear
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.report import versions
 from quantwire.quantizers.spec import QuantSpec
+from timing import interleaved
 
 TOKENS = [1, 2, 4, 8, 12, 16, 24, 32]
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(name: str, w: torch.Tensor, tokens: int, products: Products, repeats: int) -> dict[str, Any]:

@@ -80,11 +80,7 @@ def require(format_id: str) -> Quantizer:
         SpecError: unknown id.
         BackendUnavailable: with the probe's reason and remedy.
     """
-    quantizer = get_quantizer(format_id)
-    state = availability(format_id)
-    if not state.works:
-        raise BackendUnavailable(f"{format_id}: {state.reason}\n{state.remedy}")
-    return quantizer
+    return _if_it_works(format_id, availability(format_id))
 
 
 @functools.cache
@@ -100,11 +96,13 @@ def require_reader(format_id: str) -> Quantizer:
         SpecError: unknown id.
         BackendUnavailable: with the probe's reason and remedy.
     """
-    quantizer = get_quantizer(format_id)
-    state = _reading(format_id)
+    return _if_it_works(format_id, _reading(format_id))
+
+
+def _if_it_works(format_id: str, state: Availability) -> Quantizer:
     if not state.works:
         raise BackendUnavailable(f"{format_id}: {state.reason}\n{state.remedy}")
-    return quantizer
+    return get_quantizer(format_id)
 
 
 register(entry for backend in BACKENDS for entry in backend.entries)

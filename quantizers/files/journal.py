@@ -100,7 +100,7 @@ class Partial:
                 self._lines.seek(length)
             else:
                 if alone:  # before the file that it says is ours
-                    self._lines = open(self.journal, "xb")  # noqa: SIM115
+                    self._lines = open(self.journal, "xb")  # noqa: SIM115 `_shut` closes it
                     self._lines.write(json.dumps(head).encode() + b"\n")
                     self._lines.flush()
                     os.fsync(self._lines.fileno())

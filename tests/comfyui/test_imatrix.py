@@ -38,7 +38,7 @@ def test_names_counts_and_importance_are_those_of_the_embedded_host(
         Executor({**CORE_NODES, **NODE_CLASS_MAPPINGS}).run(here)
     theirs, ours = written(comfyui, "imatrix/digits"), read_imatrix(tmp_path / "imatrix" / "digits.gguf")
     file = read_checkpoint(comfyui.base / "models" / "diffusion_models" / "digits_flux.safetensors")
-    assert set(theirs.entries) == set(ours.entries) == {n for n, t in file.tensors.items() if t.ndim == 2}  # type: ignore[union-attr]
+    assert set(theirs.entries) == set(ours.entries) == {n for n, t in file.tensors.items() if t.ndim == 2}
     text_layers = ("txt_in", "txt_attn", "txt_mlp", "single_blocks")
     for name, sums in theirs.entries.items():
         if not any(part in name for part in text_layers) or "mod" in name:

@@ -92,7 +92,7 @@ def test_names_and_architecture(tmp_path: Path, arch: str | None, prefix: str) -
     assert model.found is not None
     assert model.found.architecture == "flux"
     for name, value in tensors.items():
-        assert torch.equal(model.values[name], torch.from_numpy(value)), name  # type: ignore[arg-type]
+        assert torch.equal(model.values[name], torch.from_numpy(value)), name
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
@@ -157,7 +157,7 @@ def test_linear_layers_stored_as_convolutions(tmp_path: Path, width: int, squeez
 def test_other_plain_types(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     tensors = values({**FLUX, "scale": (3,)})
     found = read_gguf(write(tmp_path / "m.gguf", tensors, blocks={"scale": kind})).tensors["scale"]
-    assert torch.equal(found, torch.from_numpy(tensors["scale"]).to(dtype))  # type: ignore[arg-type]
+    assert torch.equal(found, torch.from_numpy(tensors["scale"]).to(dtype))
 
 
 def test_what_stands_outside_the_model_is_named(tmp_path: Path) -> None:

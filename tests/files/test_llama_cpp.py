@@ -133,7 +133,7 @@ def test_llama_rows_are_right_for_rotary_pairs() -> None:
     q, k = (p(x).reshape(1, 5, -1, 32).transpose(1, 2) for p in (layer.q_proj, layer.k_proj))
     q, k = apply_rotary_pos_emb(q, k, *positions)
     wanted = q @ k.repeat_interleave(2, 1).transpose(2, 3)
-    pairs = [x @ there[f"blk.0.attn_{n}.weight"].T for n in "qk"]  # type: ignore[union-attr]
+    pairs = [x @ there[f"blk.0.attn_{n}.weight"].T for n in "qk"]
     q, k = (rotated_in_pairs(p.reshape(5, -1, 32)).transpose(0, 1) for p in pairs)
     assert torch.allclose(q @ k.repeat_interleave(2, 0).transpose(1, 2), wanted[0], rtol=1e-4, atol=1e-4)
 
@@ -194,7 +194,7 @@ def test_prefixes_of_files(architecture: str, prefix: str) -> None:
     got = converted(transformers_to_llama_cpp, architecture, with_prefix, heads=HEADS)
     plain.pop("output.weight", None)
     assert got.keys() == plain.keys()
-    assert all(torch.equal(got[n], plain[n]) for n in plain)  # type: ignore[arg-type]
+    assert all(torch.equal(got[n], plain[n]) for n in plain)
 
 
 def test_full_t5_leaves_the_decoder_out() -> None:
@@ -241,7 +241,7 @@ def test_qwen_vision_tower() -> None:
     back = {t.name: assemble(t, file.__getitem__) for t in mmproj_to_transformers(metas_of(file))}
     wanted = {f"visual.{n}": t for n, t in tower.state_dict().items() if "patch_embed" not in n}
     assert back.keys() == wanted.keys()
-    assert all(torch.equal(back[n], wanted[n]) for n in wanted)  # type: ignore[arg-type]
+    assert all(torch.equal(back[n], wanted[n]) for n in wanted)
 
 
 def drop(pattern: str, tensors: dict[str, Any]) -> dict[str, Any]:

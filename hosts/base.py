@@ -7,18 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from ..quantizers.apply import LoraMode, OnFailure
-from ..quantizers.auto import DeviceFacts
-from ..quantizers.compat.modes import Carrier, OffloadMode
+from ..quantizers.choices import LoraMode
 from ..quantizers.errors import FileError, near
-from ..quantizers.report import QuantReport
-from ..quantizers.spec import QuantSpec
-from ..quantizers.weight import QuantizedWeight
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a host that starts imports this for the pack's nodes
+    import torch
+    from torch import Tensor, nn
+
+    from ..quantizers.auto import DeviceFacts
+    from ..quantizers.choices import OnFailure
+    from ..quantizers.compat.modes import Carrier, OffloadMode
+    from ..quantizers.report import QuantReport
+    from ..quantizers.spec import QuantSpec
+    from ..quantizers.weight import QuantizedWeight
     from .record import Recorder
 
 

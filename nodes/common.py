@@ -9,8 +9,7 @@ from typing import Any
 
 from ..hosts import current
 from ..quantizers import quoting
-from ..quantizers.apply import LoraMode, OnFailure
-from ..quantizers.auto import AUTO
+from ..quantizers.choices import AUTO, LoraMode, OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError, near
 from ..quantizers.registry import format_ids
@@ -19,6 +18,8 @@ from ..quantizers.spec import QuantSpec
 
 CATEGORY = "quantwire"
 FROM_CONFIG = "from config"
+ALL = "all"
+LLM = "llm"  # whichever language model is among the encoders
 
 
 def format_input(auto: bool = False) -> tuple[list[str], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hosts import current
-from ..quantizers.apply import OnFailure
+from ..quantizers.choices import OnFailure
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import QuantwireError
 from ..quantizers.spec import QuantSpec

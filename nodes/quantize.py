@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..quantizers.apply import LoraMode, OnFailure, OnQuantized
+from ..quantizers.choices import LoraMode, OnFailure, OnQuantized
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.errors import SpecError
 from ..quantizers.rules import Rule, RuleSet, parse_rules
 from ..quantizers.spec import QuantSpec, canonical
-from .common import CATEGORY, check_format, format_input, one_line, optional_inputs, with_report
-from .request import ALL, LLM, Request, check_encoders, quantize
+from .common import ALL, CATEGORY, LLM, check_format, format_input, one_line, optional_inputs, with_report
 
 # ComfyUI's names of the encoders that its CLIP objects hold; `per_encoder` takes any name.
 ENCODERS = (
@@ -65,6 +64,8 @@ class QuantizeModel:
         on_failure: str = OnFailure.ERROR.value,
         on_quantized: str = OnQuantized.REFUSE.value,
     ) -> dict[str, Any]:
+        from .request import Request, quantize
+
         asked = Request(format, carrier, config, keep_layers, lora, on_failure, on_quantized)
         quantized, report = quantize(model, asked)
         return with_report(report, quantized, report)
@@ -98,6 +99,8 @@ class QuantizeTextEncoder:
 
     @classmethod
     def VALIDATE_INPUTS(cls, per_encoder: str | None = None, format: str | None = None) -> bool | str:
+        from .request import check_encoders
+
         try:
             check_encoders(per_encoder or "")  # None is a link: the text is not known yet
         except SpecError as err:
@@ -117,6 +120,8 @@ class QuantizeTextEncoder:
         on_quantized: str = OnQuantized.REFUSE.value,
         per_encoder: str = "",
     ) -> dict[str, Any]:
+        from .request import Request, quantize
+
         asked = Request(format, carrier, config, keep_layers, lora, on_failure, on_quantized, encoders, per_encoder)
         quantized, report = quantize(clip, asked)
         return with_report(report, quantized, report)
@@ -153,6 +158,8 @@ class QuantizeControlNet:
         on_failure: str = OnFailure.ERROR.value,
         on_quantized: str = OnQuantized.REFUSE.value,
     ) -> dict[str, Any]:
+        from .request import Request, quantize
+
         asked = Request(format, carrier, config, keep_layers, lora, on_failure, on_quantized)
         quantized, report = quantize(control_net, asked)
         return with_report(report, quantized, report)

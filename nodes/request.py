@@ -10,8 +10,9 @@ from torch import nn
 
 from ..hosts import current
 from ..hosts.base import Host
-from ..quantizers.apply import LoraMode, OnFailure, OnQuantized, planning_slots, quantize_linears
-from ..quantizers.auto import AUTO, Choice, DeviceFacts, candidates, choose_format, predict_sizes
+from ..quantizers.apply import planning_slots, quantize_linears
+from ..quantizers.auto import Choice, DeviceFacts, candidates, choose_format, predict_sizes
+from ..quantizers.choices import AUTO, LoraMode, OnFailure, OnQuantized
 from ..quantizers.compat.modes import Carrier
 from ..quantizers.dequantize import stored_nbytes
 from ..quantizers.errors import SpecError
@@ -21,10 +22,8 @@ from ..quantizers.registry import format_ids, get_quantizer
 from ..quantizers.report import QuantReport, merge
 from ..quantizers.rules import KEEP, RuleSet, layer_name, matches, named_layers, parse_rules
 from ..quantizers.spec import QuantSpec, canonical
-from .common import patterns, spec_from_inputs
+from .common import ALL, LLM, patterns, spec_from_inputs
 
-ALL = "all"
-LLM = "llm"  # whichever language model is among the encoders
 LLM_FAMILIES = ("llm", "qwen-vl")
 
 

@@ -7,12 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import Enum
 from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .choices import OnFailure, OnQuantized
 from .compat.modes import Carrier
 from .dequantize import quantized_layers
 from .errors import QuantwireError, SpecError, WeightError
@@ -37,27 +37,6 @@ class Progress(Protocol):
     """Iterates over a work list and shows how far it is, as tqdm does."""
 
     def __call__(self, items: Sequence[T], total: int, /) -> Iterable[T]: ...
-
-
-class OnFailure(str, Enum):
-    """What to do with a layer that cannot be quantized."""
-
-    ERROR = "error"
-    FULL_PRECISION = "full precision"
-
-
-class OnQuantized(str, Enum):
-    """What to do with a model that holds quantized layers already."""
-
-    REFUSE = "refuse"
-    DEQUANTIZE = "dequantize first"
-
-
-class LoraMode(str, Enum):
-    """How a LoRA on quantized layers is applied."""
-
-    EXACT = "exact"  # in floating point, when the layer computes
-    REQUANTIZE = "requantize"  # merged into the weight, which is then quantized (again)
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
@@ -171,7 +150,7 @@ def refuse_quantized(model: nn.Module) -> None:
     Raises:
         WeightError: names the first such layer and what it holds.
     """
-    from .compat.rules import find_carriers
+    from .compat.find import find_carriers
 
     found = find_carriers(model)
     if found:

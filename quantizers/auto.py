@@ -17,7 +17,6 @@ from .registry import availability, get_entry, get_quantizer, is_format
 from .rules import Rule
 from .spec import QuantSpec
 
-AUTO = "auto"
 GIB = 2**30
 RESERVE = 0.05  # of the device's memory, at least MIN_RESERVE: activations, other models' leftovers, fragmentation
 MIN_RESERVE = GIB // 4

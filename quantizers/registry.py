@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from .base import Availability, Quantizer
 from .errors import BackendUnavailable, SpecError, near
 from .formats import BACKENDS, FormatEntry
+
+if TYPE_CHECKING:
+    from .base import Availability, Quantizer
 
 _entries: dict[str, FormatEntry] = {}
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import LoraMode, OnFailure, make_layer
+from ...quantizers.apply import make_layer
 from ...quantizers.auto import DeviceFacts
+from ...quantizers.choices import LoraMode, OnFailure
 from ...quantizers.compat.modes import Carrier, OffloadMode
 from ...quantizers.errors import FileError, SpecError
 from ...quantizers.memory import describe

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import LoraMode
+from ...quantizers.choices import LoraMode
 from ...quantizers.kernels.kept import KeptWeights
 from ...quantizers.registry import require_reader
 from ...quantizers.weight import QuantizedWeight

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantizers.apply import FLOAT_DTYPES, OnFailure, make_layer, own_forward
+from ...quantizers.apply import FLOAT_DTYPES, make_layer, own_forward
+from ...quantizers.choices import OnFailure
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.cache import default_cache

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...quantizers.apply import LayerMaker, OnFailure, make_layer
+from ...quantizers.apply import LayerMaker, make_layer
+from ...quantizers.choices import OnFailure
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.cache import default_cache

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 
-from ..apply import REPORTED_TOKENS, OnFailure, Progress
+from ..apply import REPORTED_TOKENS, Progress
+from ..choices import OnFailure
 from ..compat.modes import Carrier
 from ..errors import FileError
 from ..formats import BACKENDS

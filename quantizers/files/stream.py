@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import FLOAT_DTYPES, OnFailure, Progress, check_finite, quantize_tensor
+from ..apply import FLOAT_DTYPES, Progress, check_finite, quantize_tensor
+from ..choices import OnFailure
 from ..errors import FileError, QuantwireError, SpecError, WeightError
 from ..plan import Action, Decision, QuantPlan, Slot, make_plan
 from ..registry import require

@@ -11,7 +11,7 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui lint types format bench formats gguf pages clean
+.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf pages clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -69,6 +69,11 @@ $(VENV)/triton/.ready: $(VENV)/.ready
 # The real host: COMFYUI_PATH is a ComfyUI tree, COMFYUI_PYTHON the Python that runs it.
 test-comfyui: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/comfyui
+
+# Every cell of the compatibility table that this machine can run, in the real libraries; fails where the table is wrong
+# or a library that it was measured with is missing. `quantwire compat --probe --write` measures anew.
+probe: $(VENV)/.ready
+	$(BIN)/quantwire compat --probe --check --require-all
 
 clean:
 	rm -rf $(VENV) out

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .compat.find import Found, find_carriers
 from .compat.modes import Carrier
-from .compat.rules import Found, find_carriers
 from .errors import WeightError
 from .weight import QuantizedLinear
 

@@ -1,8 +1,9 @@
-"""The compatibility table: what happens to each carrier and format under each offload mode.
+"""The compatibility table: what happens to each carrier and format under each offload mode of each host.
 
-A row is data, and most rows are measured: the test that `source` names builds a small module of real library layers,
-runs it under the mode, and fails when the outcome is not the row's verdict, or the library's error does not begin with
-`raw_error`. Rules written as code were not chosen: nobody can check those against the libraries one by one.
+Claims (`standalone_rules`, `comfyui_rules`) and measurements (`measured.json`, written by `quantwire compat --probe`)
+are kept apart and joined here into one row a cell. A row is "probed" only where a probe ran that very cell; a probe
+that disagrees with a claim fails the build. Verdicts worked out by code were not chosen: nobody can check those against
+the libraries one by one.
 
 Why plain tensors pass and tensor subclasses do not: accelerate takes a weight off the device with `weight.to("meta")`
 and puts it back with `type(weight)(data, requires_grad=...)` (accelerate.utils.set_module_tensor_to_device). Whatever
@@ -11,331 +12,177 @@ the subclass kept outside `data` is lost on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from .modes import Carrier, OffloadMode, VerdictLevel
+from .modes import HOST_MODES, VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
+from .row import Answer, Cell, Evidence, Measured, Row, Rule
 
-When = Literal["always", "split"]
-Evidence = Literal["probed", "documented"]
+__all__ = ["Answer", "Cell", "Measured", "Row", "Rule", "answer", "find_row", "measured", "probe_cells", "rows"]
 
+MEASURED = Path(__file__).with_name("measured.json")
+PROBES = "quantizers/compat/probes, run by `quantwire compat --probe`"
 
-@dataclass(frozen=True)
-class Row:
-    """One cell, or several formats that share it.
-
-    Attributes:
-        formats: format ids; `*` matches any text. Two prefixes are no formats but states of one: `quanto-unfrozen`
-            (quantize() without freeze()) and `comfyui-gguf-*` (ComfyUI-GGUF's own tensor class).
-        when: "split" is for a component of which some layers are kept in host memory or on disk while it runs; it
-            takes precedence over "always".
-        verdict: "warn" where it runs from host memory and stops when a part is kept on disk.
-        cause: one sentence without its full stop, fit to stand after "cannot run with ... offload: ".
-        remedies: what to do instead, best first. A carrier, mode or format is named as `carrier quantwire`,
-            `mode model`, `format bnb-int8`, and is itself ok in this table (a test reads them).
-        evidence: "probed" by a test here, or "documented" by somebody else.
-        source: test id in this repository, or where the documentation is.
-        raw_error: how the library's own error begins, as `Type: message`; empty when it runs.
-        versions: what it was measured with.
-        note: what the measurement did not reach, and references.
-    """
-
-    carrier: Carrier
-    formats: tuple[str, ...]
-    mode: OffloadMode
-    when: When
-    verdict: VerdictLevel
-    cause: str
-    remedies: tuple[str, ...]
-    evidence: Evidence
-    source: str
-    raw_error: str
-    versions: str
-    note: str = ""
-
-    def covers(self, carrier: Carrier, key: str, mode: OffloadMode) -> bool:
-        return self.carrier is carrier and self.mode is mode and any(fnmatchcase(key, f) for f in self.formats)
-
-
-TESTS = "tests/backends/test_offload_conflicts.py"
-BASE = "torch 2.13.0 on CPU, accelerate 1.15.0"
-BNB = f"bitsandbytes 0.50.2, {BASE}"
-QUANTO = f"optimum-quanto 0.2.7, {BASE}"
-GGUF = f"diffusers 0.42.1, gguf 0.19.0, {BASE}"
-SDNQ = f"sdnq 0.2.8, {BASE}"
-TORCHAO = f"torchao 0.18.0, {BASE}"
-NNCF = f"nncf 3.4.0, {BASE}"
-LAYERWISE = f"diffusers 0.42.1, {BASE}"
-
-BNB_4BIT = ("bnb-nf4", "bnb-fp4")
-BNB_8BIT = ("bnb-int8",)
-QUANTO_8BIT = ("quanto-qint8", "quanto-qfloat8-e4m3fn", "quanto-qfloat8-e5m2")
-QUANTO_4BIT = ("quanto-qint4",)
-QUANTO_2BIT = ("quanto-qint2",)
-QUANTO_UNFROZEN = ("quanto-unfrozen",)
-GGUF_ANY = ("gguf-*",)
-SDNQ_ANY = ("sdnq-*",)
-TORCHAO_ANY = ("torchao-int8*", "torchao-int4*", "torchao-float8*")
-NNCF_ANY = ("nncf-*",)
-LAYERWISE_ANY = ("layerwise-*",)
-ANY = ("*",)
-
-USE_QUANTWIRE = "Use carrier quantwire: it holds the weights in plain tensors, which every kind of offload can move."
-USE_MODEL = "Use mode model: it moves each component in one piece, so the largest must fit the device."
-USE_INT8 = "Use format bnb-int8: its library's layers run under the same offload."
-USE_NONE = "Use mode none: keep the whole model on the device, as ComfyUI does with --highvram."
-WAYS_OUT = (USE_QUANTWIRE, USE_MODEL, USE_INT8)
-
-COMFYUI = "ComfyUI 0.33.0"
-REAL_HOST = "tests/comfyui/test_matrix.py, run by `make test-comfyui`"
-STREAMED = "the host streams the plain tensors of each layer; measured on a CPU by forcing the offloaded path"
-GATHERED = "the host gathers the plain tensors of each layer; read in its source, not run, because it needs CUDA"
-NOT_ITS_OWN = (
-    "the host streams layers of its own classes only; others that do not fit stay in host memory, away from their input"
+# Formats whose libraries have layers of their own, and states of them that behave otherwise than the format.
+LIBRARY_BACKENDS = ("bnb", "quanto", "gguf", "sdnq", "torchao", "nncf", "layerwise")
+STATES = ("quanto-unfrozen",)
+# Kinds of tensors that only other packs make: an example stands for each.
+FOREIGN = ("comfyui-gguf-q8-0", "comfyui-gguf-q4-k")
+# diffusers' layer holds these types (diffusers.quantizers.gguf.utils.SUPPORTED_GGUF_QUANT_TYPES, 0.42).
+DIFFUSERS_GGUF = tuple(
+    f"gguf-{name}"
+    for name in ("q8-0", "q4-0", "q4-1", "q5-0", "q5-1", "q2-k", "q3-k", "q4-k", "q5-k", "q6-k", "iq4-nl", "iq4-xs")
 )
-SUBCLASS = "the host moves and casts each weight as a plain tensor, which drops what the library keeps beside its data"
-BNB_CAUSE = (
-    "sending a weight off the device also moves the quantization state that its stored copy shares, which loses it"
-)
-_REBUILT = "accelerate rebuilds each weight from its class and data alone, which drops a "
-QUANTO_CAUSE = _REBUILT + "quanto tensor's scale, axis and size"
-GGUF_CAUSE = _REBUILT + "GGUF parameter's quant type"
-NNCF_CAUSE = (
-    "NNCF decompresses a weight in every operation that touches it, also in accelerate's, while it holds no data yet"
-)
-TORCHAO_DISK = (
-    "it runs from host memory, and stops as soon as a part is kept on disk, which torchao's tensors do not allow"
-)
+NO_LAYER = ("nncf-nf4",)  # NNCF has the data type, and no layer for it in torch
 
-META_ERROR = "NotImplementedError: Cannot copy out of meta tensor; no data!"
-QBYTES_ERROR = "TypeError: WeightQBytesTensor.__new__() missing 6 required positional arguments"
-QBITS_ERROR = "TypeError: WeightQBitsTensor.__new__() missing 7 required positional arguments"
-GGUF_ERROR = "KeyError: None"
-# The formats of each of torchao's tensor classes.
-TORCHAO_TENSORS = {
-    "Int8Tensor": ("torchao-int8*",),
-    "Int4OpaqueTensor": ("torchao-int4*",),
-    "Float8Tensor": ("torchao-float8*",),
-}
-
-INT8_GPU = "Needs an accelerate whose hooks keep int8 statistics (`SCB`), as 1.15 does. Documented on a GPU in "
-INT8_SPLIT = (
-    INT8_GPU
-    + "huggingface/accelerate#1699. huggingface/diffusers#10653 reports device_map='balanced' with int8 to end "
-    "in a device mismatch in early 2025; not reproduced."
-)
-WHOLE_MOVES = "On one device; that a move between two works is documented in "
-PLACED = (
-    "Measured: split, it fails; unsplit, it fails when dispatch hooks move it to another device (diffusers' "
-    "device_map='balanced' always dispatches with hooks) and works where it already is or without hooks. Blocked in "
-    "every case, because balanced exists to split what does not fit."
-)
+# Worst first: where one of several variants is in force and nobody knows which.
+_WORST = (VerdictLevel.BLOCK, VerdictLevel.WARN, VerdictLevel.UNKNOWN, VerdictLevel.OK)
+# These exist to keep a part of a component away; that it fits whole is the exception.
+_SPLITTING = (OffloadMode.BALANCED, OffloadMode.PARTIAL)
+_ON_DEMAND = "stream"  # variants that nobody gets without asking for them
 
 
-def _ok(
-    carrier: Carrier,
-    formats: tuple[str, ...],
-    mode: OffloadMode,
-    test: str,
-    versions: str,
-    *,
-    when: When = "always",
-    cause: str = "measured, with the same output as without offload",
-    note: str = "",
-) -> Row:
-    source = f"{TESTS}::{test}"
-    return Row(carrier, formats, mode, when, VerdictLevel.OK, cause, (), "probed", source, "", versions, note)
+@functools.cache
+def _rules() -> tuple[Rule, ...]:
+    from . import comfyui_rules, standalone_rules
+
+    return (*standalone_rules.RULES, *comfyui_rules.RULES)
 
 
-def _block(
-    formats: tuple[str, ...],
-    mode: OffloadMode,
-    test: str,
-    versions: str,
-    cause: str,
-    raw_error: str,
-    *,
-    when: When = "always",
-    note: str = "",
-) -> Row:
-    """A blocked cell of library layers; `quantwire` layers have none."""
-    level, source = VerdictLevel.BLOCK, f"{TESTS}::{test}"
-    return Row(
-        Carrier.LIBRARY, formats, mode, when, level, cause, WAYS_OUT, "probed", source, raw_error, versions, note
+@functools.cache
+def measured() -> Mapping[str, Measured]:
+    """What the last probes saw, by `Cell.key`."""
+    data: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    versions: dict[str, str] = data.get("versions", {})
+    return {
+        key: Measured(
+            cell["outcome"],
+            cell.get("error", ""),
+            cell.get("reason", ""),
+            tuple(cell.get("libraries", ())),
+            cell.get("device", "cpu"),
+            versions,
+        )
+        for key, cell in data.get("cells", {}).items()
+    }
+
+
+def forget() -> None:
+    """Read the table anew at its next use, after `measured.json` was written."""
+    for cached in (_rules, measured, rows, find_row):
+        cached.cache_clear()
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """Every cell of the formats of the registry and of the named states."""
+    found = (
+        find_row(carrier, key, mode, host=host, variant=variant)
+        for host in HostName
+        for carrier, keys in _keys(host).items()
+        for key in keys
+        for mode in HOST_MODES[host]
+        for variant in VARIANTS[mode]
     )
+    return tuple(row for row in found if row is not None)
 
 
-def _warn_disk(mode: OffloadMode, test: str, *, when: When = "always") -> tuple[Row, ...]:
-    """One for each of torchao's tensor classes, which their errors name."""
-    level, source = VerdictLevel.WARN, f"{TESTS}::{test}"
-    return tuple(
-        Row(_LIB, f, mode, when, level, TORCHAO_DISK, WAYS_OUT, "probed", source, _undispatched(tensor), TORCHAO)
-        for tensor, f in TORCHAO_TENSORS.items()
-    )
-
-
-def _undispatched(tensor: str) -> str:
-    return f"NotImplementedError: {tensor} dispatch: attempting to run unimplemented operator"
-
-
-def _every_mode(formats: tuple[str, ...], versions: str) -> tuple[Row, ...]:
-    """Library layers on plain parameters, which run in every mode of accelerate."""
-    return (
-        _ok(_LIB, formats, _NONE, "test_none", versions),
-        _ok(_LIB, formats, _MODEL, "test_model", versions, note="On one device."),
-        _ok(_LIB, formats, _SEQ, "test_sequential", versions),
-        _ok(_LIB, formats, _BAL, "test_balanced_on_one_device", versions),
-        _ok(_LIB, formats, _BAL, "test_balanced_split", versions, when="split"),
-    )
-
-
-def _documented(formats: tuple[str, ...], mode: OffloadMode, source: str, versions: str) -> Row:
-    level = VerdictLevel.OK
-    return Row(
-        Carrier.LIBRARY,
-        formats,
-        mode,
-        "always",
-        level,
-        "documented, not measured by a test",
-        (),
-        "documented",
-        source,
-        "",
-        versions,
-    )
-
-
-def _in_comfyui(
-    carrier: Carrier, formats: tuple[str, ...], mode: OffloadMode, cause: str, source: str, *, blocked: bool = False
-) -> Row:
-    """A cell of ComfyUI's modes, measured in the real host where `source` says so; the tests here have no ComfyUI.
-
-    How a library's error begins there was not seen, so blocked cells quote none.
-    """
-    level = VerdictLevel.BLOCK if blocked else VerdictLevel.OK
-    ways_out = (USE_QUANTWIRE, USE_NONE) if blocked else ()
-    return Row(carrier, formats, mode, "always", level, cause, ways_out, "documented", source, "", COMFYUI)
-
-
-_NONE, _MODEL, _SEQ, _BAL = OffloadMode.NONE, OffloadMode.MODEL, OffloadMode.SEQUENTIAL, OffloadMode.BALANCED
-_PARTIAL, _NOVRAM, _DYNAMIC = OffloadMode.PARTIAL, OffloadMode.NOVRAM, OffloadMode.DYNAMIC
-_LIB, _OURS, _HOST = Carrier.LIBRARY, Carrier.QUANTWIRE, Carrier.HOST
-_UNFROZEN = "its weights are still in full precision, so no memory is saved before freeze()"
-_QINT2 = "optimum-quanto 0.2.7, measured by hand: the first forward compiles C++ for a minute, so no test does it"
-
-ROWS: tuple[Row, ...] = (
-    _ok(_LIB, BNB_4BIT, _NONE, "test_none", BNB),
-    _ok(_LIB, BNB_4BIT, _MODEL, "test_model", BNB, note=WHOLE_MOVES + "huggingface/diffusers#10653."),
-    _block(
-        BNB_4BIT,
-        _SEQ,
-        "test_sequential",
-        BNB,
-        BNB_CAUSE,
-        META_ERROR,
-        note="huggingface/diffusers#10800, bitsandbytes-foundation/bitsandbytes#1525. In early 2025 the error was "
-        "`ValueError: Blockwise quantization only supports 16/32-bit floats, but got torch.uint8`.",
-    ),
-    _ok(_LIB, BNB_4BIT, _BAL, "test_balanced_on_one_device", BNB),
-    _block(BNB_4BIT, _BAL, "test_balanced_split", BNB, BNB_CAUSE, META_ERROR, when="split"),
-    _ok(_LIB, BNB_8BIT, _NONE, "test_none", BNB),
-    _ok(
-        _LIB,
-        BNB_8BIT,
-        _MODEL,
-        "test_model",
-        BNB,
-        note="On one device. Before bitsandbytes 0.48 diffusers left int8 components on the device: "
-        "huggingface/diffusers#10653.",
-    ),
-    _ok(_LIB, BNB_8BIT, _SEQ, "test_sequential", BNB, note=INT8_GPU + "huggingface/diffusers#13776."),
-    _ok(_LIB, BNB_8BIT, _BAL, "test_balanced_on_one_device", BNB),
-    _ok(_LIB, BNB_8BIT, _BAL, "test_balanced_split", BNB, when="split", note=INT8_SPLIT),
-    _ok(_LIB, QUANTO_8BIT + QUANTO_4BIT, _NONE, "test_none", QUANTO),
-    _ok(
-        _LIB,
-        QUANTO_8BIT + QUANTO_4BIT,
-        _MODEL,
-        "test_model",
-        QUANTO,
-        note=WHOLE_MOVES + "huggingface/diffusers#10526.",
-    ),
-    _documented(QUANTO_2BIT, _NONE, _QINT2, QUANTO),
-    _documented(QUANTO_2BIT, _MODEL, _QINT2, QUANTO),
-    _block(
-        QUANTO_8BIT,
-        _SEQ,
-        "test_sequential",
-        QUANTO,
-        QUANTO_CAUSE,
-        QBYTES_ERROR,
-        note="huggingface/diffusers#10526.",
-    ),
-    _block(QUANTO_4BIT + QUANTO_2BIT, _SEQ, "test_sequential", QUANTO, QUANTO_CAUSE, QBITS_ERROR),
-    _block(QUANTO_8BIT, _BAL, "test_balanced_moved", QUANTO, QUANTO_CAUSE, QBYTES_ERROR, note=PLACED),
-    _block(QUANTO_4BIT + QUANTO_2BIT, _BAL, "test_balanced_moved", QUANTO, QUANTO_CAUSE, QBITS_ERROR, note=PLACED),
-    _ok(_LIB, QUANTO_UNFROZEN, _NONE, "test_none", QUANTO, cause=_UNFROZEN),
-    _ok(_LIB, QUANTO_UNFROZEN, _MODEL, "test_model", QUANTO, cause=_UNFROZEN),
-    _ok(_LIB, QUANTO_UNFROZEN, _SEQ, "test_sequential", QUANTO, cause=_UNFROZEN),
-    _ok(_LIB, QUANTO_UNFROZEN, _BAL, "test_balanced_on_one_device", QUANTO, cause=_UNFROZEN),
-    _ok(_LIB, QUANTO_UNFROZEN, _BAL, "test_balanced_split", QUANTO, when="split", cause=_UNFROZEN),
-    _ok(_LIB, GGUF_ANY, _NONE, "test_none", GGUF),
-    _ok(_LIB, GGUF_ANY, _MODEL, "test_model", GGUF, note=WHOLE_MOVES + "huggingface/diffusers#14698."),
-    _block(GGUF_ANY, _SEQ, "test_sequential", GGUF, GGUF_CAUSE, GGUF_ERROR, note="huggingface/diffusers#14691."),
-    _block(GGUF_ANY, _BAL, "test_balanced_moved", GGUF, GGUF_CAUSE, GGUF_ERROR, note=PLACED),
-    *_every_mode(SDNQ_ANY, SDNQ),
-    *_every_mode(LAYERWISE_ANY, LAYERWISE),
-    _ok(_LIB, TORCHAO_ANY, _NONE, "test_none", TORCHAO),
-    _ok(_LIB, TORCHAO_ANY, _MODEL, "test_model", TORCHAO, note="On one device."),
-    *_warn_disk(_SEQ, "test_sequential"),
-    _ok(_LIB, TORCHAO_ANY, _BAL, "test_balanced_on_one_device", TORCHAO),
-    *_warn_disk(_BAL, "test_balanced_split", when="split"),
-    _ok(_LIB, NNCF_ANY, _NONE, "test_none", NNCF),
-    _ok(_LIB, NNCF_ANY, _MODEL, "test_model", NNCF, note="On one device."),
-    _block(NNCF_ANY, _SEQ, "test_sequential", NNCF, NNCF_CAUSE, META_ERROR),
-    _ok(_LIB, NNCF_ANY, _BAL, "test_balanced_on_one_device", NNCF),
-    _block(NNCF_ANY, _BAL, "test_balanced_split", NNCF, NNCF_CAUSE, META_ERROR, when="split"),
-    _documented(("comfyui-gguf-*",), _NONE, "city96/ComfyUI-GGUF:ops.py", "ComfyUI-GGUF at 03842fa"),
-    _ok(_OURS, ANY, _NONE, "test_none", BASE),
-    _ok(_OURS, ANY, _MODEL, "test_model", BASE, note="On one device."),
-    _ok(_OURS, ANY, _SEQ, "test_sequential", BASE),
-    _ok(_OURS, ANY, _BAL, "test_balanced_on_one_device", BASE),
-    _ok(_OURS, ANY, _BAL, "test_balanced_split", BASE, when="split"),
-    *(_in_comfyui(c, ANY, m, STREAMED, REAL_HOST) for c in (_OURS, _HOST) for m in (_PARTIAL, _NOVRAM)),
-    *(_in_comfyui(c, ANY, _DYNAMIC, GATHERED, "ComfyUI:comfy/memory_management.py") for c in (_OURS, _HOST)),
-    _in_comfyui(_HOST, ANY, _NONE, "the host's own layers", REAL_HOST),
-    *(
-        _in_comfyui(_LIB, BNB_4BIT + BNB_8BIT, m, SUBCLASS, "Comfy-Org/ComfyUI#6611", blocked=True)
-        for m in (_PARTIAL, _NOVRAM, _DYNAMIC)
-    ),
-    *(
-        _in_comfyui(_LIB, QUANTO_8BIT + QUANTO_4BIT + QUANTO_2BIT, m, SUBCLASS, "Comfy-Org/ComfyUI#6611", blocked=True)
-        for m in (_PARTIAL, _NOVRAM)
-    ),
-    *(
-        _in_comfyui(_LIB, f, m, NOT_ITS_OWN, "ComfyUI:comfy/model_patcher.py, ModelPatcher.load", blocked=True)
-        for f in (SDNQ_ANY, TORCHAO_ANY, NNCF_ANY, LAYERWISE_ANY)
-        for m in (_PARTIAL, _NOVRAM)
-    ),
-    _in_comfyui(_LIB, ("comfyui-gguf-*",), _DYNAMIC, SUBCLASS, "Comfy-Org/ComfyUI#13953", blocked=True),
-)
-
-
-def find_row(carrier: Carrier, key: str, mode: OffloadMode, *, split: bool | None = None) -> Row | None:
-    """The row that decides, or None when nothing is known.
+@functools.cache
+def find_row(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, variant: str) -> Row | None:
+    """The row of one cell, or None when nothing is known.
 
     Args:
-        key: format id, or one of the states described at `Row.formats`.
-        split: whether some layers are kept off the compute device; None (not known) counts as True.
+        key: format id, known here or not, or one of the states described at `Rule.formats`.
     """
-    rows = [r for r in ROWS if r.covers(carrier, key, mode)]
-    order: tuple[When, ...] = ("always",) if split is False else ("split", "always")
-    return next((r for when in order for r in rows if r.when == when), None)
+    rule = next((r for r in _rules() if r.covers(carrier, key, mode, host, variant)), None)
+    if rule is None:
+        return None
+    cell = Cell(carrier, key, mode, variant)
+    seen = measured().get(cell.key) if host is HostName.STANDALONE else None
+    if seen is not None and seen.outcome == "skipped":
+        seen = None
+    evidence: Evidence = "probed" if seen is not None or rule.probed else "documented" if rule.source else "none"
+    source, versions, raw_error = rule.source, rule.versions, rule.raw_error
+    if seen is not None:
+        source, versions, raw_error = PROBES, str(seen), seen.error
+    elif evidence == "none" and (twin := _twin(rule, cell)) is not None:
+        evidence, source = "documented", f"measured with {twin[0]}, whose layers are of the same classes"
+        versions, raw_error = str(twin[1]), twin[1].error
+    return Row(
+        carrier,
+        key,
+        mode,
+        variant,
+        host,
+        rule.verdict,
+        rule.cause,
+        evidence,
+        source,
+        raw_error if rule.verdict is not VerdictLevel.OK else "",
+        versions,
+        rule.note,
+        rule.needs,
+    )
 
 
-def ok_modes(carrier: Carrier, key: str) -> list[OffloadMode]:
-    """Modes in which this is known to run, split or not."""
-    found = ((mode, find_row(carrier, key, mode)) for mode in OffloadMode)
-    return [mode for mode, row in found if row is not None and row.verdict is VerdictLevel.OK]
+def _twin(rule: Rule, cell: Cell) -> tuple[str, Measured] | None:
+    """A format that the same rule covers and a probe ran, for formats that are not in the registry (`sdnq-int7`)."""
+    if rule.host is not HostName.STANDALONE or rule.needs or "*" in rule.formats:
+        return None
+    for key in _keys(rule.host)[cell.carrier]:
+        seen = measured().get(cell._replace(format_id=key).key)
+        if seen is None or seen.outcome == "skipped":
+            continue
+        if rule.covers(cell.carrier, key, cell.mode, rule.host, cell.variant):
+            return key, seen
+    return None
+
+
+def answer(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, variant: str | None = None) -> Answer:
+    """What a model with such weights does under a mode.
+
+    Args:
+        variant: how the mode is carried out; None is not known. Then a mode that exists to split counts as splitting,
+            and one of which only some variants stop is a warning that names them.
+    """
+    names = [variant] if variant is not None else [v for v in VARIANTS[mode] if _ON_DEMAND not in v]
+    by_variant = {name: find_row(carrier, key, mode, host=host, variant=name) for name in names}
+    levels = {name: VerdictLevel.UNKNOWN if row is None else row.verdict for name, row in by_variant.items()}
+    found = tuple(row for row in by_variant.values() if row is not None)
+    worst = next(level for level in _WORST if level in levels.values())
+    first = next((row for row in found if row.verdict is worst), None)
+    cause = first.cause if first is not None else ""
+    if len(set(levels.values())) > 1 and worst is VerdictLevel.BLOCK and mode not in _SPLITTING:
+        stops, runs = ([n for n, level in levels.items() if (level is worst) is stopped] for stopped in (True, False))
+        text = f"it runs as {_listed(runs)} and stops as {_listed(stops)}: {cause}"
+        return Answer(VerdictLevel.WARN, text, found)
+    return Answer(worst, cause, tuple(row for row in found if row.verdict is worst))
+
+
+def probe_cells() -> list[Cell]:
+    """What `quantwire compat --probe` runs: every cell on accelerate and diffusers that a library here can make."""
+    keys = {c: [k for k in ks if not k.startswith("comfyui-")] for c, ks in _keys(HostName.STANDALONE).items()}
+    modes = HOST_MODES[HostName.STANDALONE]
+    return [Cell(c, key, mode, v) for c, ks in keys.items() for key in ks for mode in modes for v in VARIANTS[mode]]
+
+
+def _keys(host: HostName) -> dict[Carrier, list[str]]:
+    """The formats and states whose cells make up the table, by carrier."""
+    from ..registry import format_ids
+
+    formats = list(format_ids())
+    library = [f for f in formats if f.partition("-")[0] in LIBRARY_BACKENDS and f not in NO_LAYER]
+    library = [f for f in library if not f.startswith("gguf-") or f in DIFFUSERS_GGUF]
+    states = STATES if host is HostName.STANDALONE else ()
+    return {
+        Carrier.QUANTWIRE: formats,
+        Carrier.LIBRARY: [*library, *states, *FOREIGN],
+        Carrier.HOST: [f for f in formats if f.startswith("comfy-")],
+    }
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " or ".join(names)

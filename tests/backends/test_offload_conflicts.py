@@ -1,316 +1,491 @@
-"""The compatibility table against the real libraries.
+"""The compatibility table against the real libraries: what `quantwire compat --probe` measured, and that it can fail.
 
-Every probed row of the table is run: a small module of the row's own layers, under the real accelerate calls that the
-mode stands for. The row's verdict decides what must happen, so a wrong verdict fails here, and so does a library
-version that behaves differently.
-
-A machine without an accelerator stands in for one in two ways. `MAIN` is the CPU as a `torch.device`: accelerate
-compares device maps with the string "cpu", so that it takes this one for a compute device and keeps the layers mapped
-to "cpu" or "disk" away from it. `meta` is a second device in the tests that only place weights and compute nothing.
+The whole set of probes runs in `make probe`. Here the stored outcomes are held against the table, some cells are probed
+anew, and probes, the check and the runner are made to fail.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantwire.quantizers.compat.matrix import ROWS, TESTS, Row
-from quantwire.quantizers.compat.modes import Carrier, VerdictLevel
-from quantwire.quantizers.compat.rules import check, find_carriers
-from quantwire.quantizers.registry import availability, available_formats, get_quantizer
-from quantwire.quantizers.spec import QuantSpec
-from quantwire.quantizers.weight import QuantizedLinear
-from torch import Tensor, nn
+from quantwire import cli
+from quantwire.quantizers.compat import matrix, standalone_rules
+from quantwire.quantizers.compat.find import find_carriers
+from quantwire.quantizers.compat.matrix import find_row, measured, probe_cells, rows
+from quantwire.quantizers.compat.modes import HOST_MODES, VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
+from quantwire.quantizers.compat.probes import cell as cells
+from quantwire.quantizers.compat.probes import place as placing
+from quantwire.quantizers.compat.probes import record, runner
+from quantwire.quantizers.compat.probes.build import NARROW, WIDTH, build, quiet
+from quantwire.quantizers.compat.probes.cell import Result, control, probe
+from quantwire.quantizers.compat.probes.net import compute_device, full_precision, has_streams, inputs
+from quantwire.quantizers.compat.probes.optional import Unavailable
+from quantwire.quantizers.compat.row import Cell, Row, Rule
+from quantwire.quantizers.compat.rules import check
 
-accelerate = pytest.importorskip("accelerate")
-
-# Of the layers; GGUF has blocks of 256 values. At 256 quanto holds qint4 in a class of its own, whose error differs.
-DIM, GGUF_DIM = 128, 256
-MAIN = torch.device("cpu")
-SPLITS = ("cpu", "disk")
-ROTATED = ("comfy-int8-convrot", "comfy-w4a4-convrot", "comfy-w4a8")  # by 256 columns if not told otherwise
-# What a pattern of the table is probed with: every way in which the library stores values. Q4_K stands for the types
-# of llama.cpp with blocks of 256, int5 for sdnq's types that do not divide a byte. NNCF has no nf4 in torch.
-EXAMPLES = {
-    "gguf-*": ["gguf-q8-0", "gguf-q4-0", "gguf-q4-k"],
-    "sdnq-*": ["sdnq-int8", "sdnq-uint4", "sdnq-int5", "sdnq-float8-e4m3fn", "sdnq-float4-e2m1fn"],
-    "torchao-int8*": ["torchao-int8wo", "torchao-int8dyn"],
-    "torchao-int4*": ["torchao-int4wo"],
-    "torchao-float8*": ["torchao-float8wo"],
-    "nncf-*": ["nncf-int8-sym", "nncf-int8-asym", "nncf-int4-sym", "nncf-int4-asym"],
-    "layerwise-*": ["layerwise-fp8-e4m3fn", "layerwise-fp8-e5m2"],
-    "*": available_formats(),
-}
+STANDALONE = HostName.STANDALONE
+LIBRARY, QUANTWIRE, HOST = Carrier.LIBRARY, Carrier.QUANTWIRE, Carrier.HOST
+SEQUENTIAL, BALANCED, GROUP = OffloadMode.SEQUENTIAL, OffloadMode.BALANCED, OffloadMode.GROUP
+WAYS = [(mode, variant) for mode in HOST_MODES[STANDALONE] for variant in VARIANTS[mode]]
+NF4, INT8 = Cell(LIBRARY, "bnb-nf4", SEQUENTIAL, "memory"), Cell(LIBRARY, "bnb-int8", SEQUENTIAL, "memory")
+STREAM = Cell(LIBRARY, "bnb-nf4", GROUP, "leaf-stream")
+# Of a library that loads at once.
+OURS = [Cell(QUANTWIRE, "gguf-q8-0", SEQUENTIAL, variant) for variant in VARIANTS[SEQUENTIAL]]
+# Imported in a second or two; the others are probed by `make probe`.
+FAST = [(LIBRARY, "bnb-nf4"), (LIBRARY, "bnb-int8"), (QUANTWIRE, "bnb-nf4"), (HOST, "comfy-int8")]
 
 
-class Net(nn.Module):
-    def __init__(self, dim: int = DIM) -> None:
-        super().__init__()
-        self.dim = dim
-        self.a, self.b, self.c = (nn.Linear(dim, dim) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[..., : self.dim]
-        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> None:
+    quiet()
 
 
-def build(carrier: Carrier, format_id: str) -> Net:
-    torch.manual_seed(0)
-    backend = format_id.partition("-")[0]
-    net = Net(GGUF_DIM if backend == "gguf" else DIM).to(torch.bfloat16).eval().requires_grad_(False)
-    if carrier is Carrier.LIBRARY and backend in WHOLE_MODEL:
-        return WHOLE_MODEL[backend](net, format_id)
-    make = (
-        quantwire_layer if carrier is Carrier.QUANTWIRE else bnb_layer if format_id.startswith("bnb-") else gguf_layer
-    )
-    for name, layer in list(net.named_children()):
-        setattr(net, name, make(layer, format_id))
-    return net.eval()
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """A table that a test may change."""
+    matrix.forget()
+    yield
+    matrix.forget()
 
 
-def quantwire_layer(linear: Any, format_id: str) -> nn.Module:
-    state = availability(format_id)
-    if not state.works:
-        pytest.skip(f"{format_id}: {state.reason}")
-    spec = QuantSpec.from_uri(f"{format_id};convrot-group-size=64" if format_id in ROTATED else format_id)
-    return QuantizedLinear(get_quantizer(format_id).quantize(linear.weight.data, spec), linear.bias)
+def streamed(variant: str) -> bool:
+    return variant.endswith("stream")
 
 
-def bnb_layer(linear: Any, format_id: str) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
-    if format_id == "bnb-int8":
-        layer = bnb.nn.Linear8bitLt(DIM, DIM, has_fp16_weights=False)
-    else:
-        quant_type = format_id.removeprefix("bnb-")
-        layer = bnb.nn.Linear4bit(DIM, DIM, compute_dtype=torch.bfloat16, quant_type=quant_type)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # the move is what quantizes
+def stored() -> dict[Cell, Result]:
+    seen = ((cell, measured().get(cell.key)) for cell in probe_cells())
+    return {cell: Result(m.outcome, m.error, m.reason) for cell, m in seen if m is not None}
 
 
-def gguf_layer(linear: Any, format_id: str) -> nn.Module:
-    gguf = pytest.importorskip("gguf")
-    utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
-    quant_type = gguf.GGMLQuantizationType[format_id.removeprefix("gguf-").upper().replace("-", "_")]
-    data = get_quantizer(format_id).quantize(linear.weight.data, QuantSpec(format_id)).tensors["qdata"]
-    layer = utils.GGUFLinear(GGUF_DIM, GGUF_DIM, bias=True, compute_dtype=torch.bfloat16)
-    layer.weight = utils.GGUFParameter(data, quant_type=quant_type)
-    layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-    return layer
+# The table
 
 
-def build_quanto(net: Net, format_id: str) -> Net:
-    quanto = pytest.importorskip("optimum.quanto")
-    unfrozen = format_id == "quanto-unfrozen"
-    qtype = "qint8" if unfrozen else format_id.removeprefix("quanto-").replace("-", "_")
-    quanto.quantize(net, weights=quanto.qtypes[qtype])
-    if not unfrozen:
-        quanto.freeze(net)
-    return net
+@pytest.mark.parametrize("carrier", list(Carrier))
+def test_every_row_is_complete(carrier: Carrier) -> None:
+    for row in (row for row in rows() if row.carrier is carrier):
+        assert row.cause, row
+        assert not row.cause.endswith("."), row
+        if row.evidence == "probed":
+            assert row.source, row
+            assert row.versions, row
+        if row.verdict in (VerdictLevel.BLOCK, VerdictLevel.WARN):
+            assert len(row.remedies) >= 2, row
+        elif row.verdict is VerdictLevel.OK:
+            assert not row.raw_error, row
 
 
-def build_sdnq(net: Net, format_id: str) -> Net:
-    sdnq = pytest.importorskip("sdnq")
-    dtype = format_id.removeprefix("sdnq-").replace("-", "_")
-    return sdnq.sdnq_post_load_quant(net, weights_dtype=dtype, torch_dtype=torch.bfloat16)
+def test_every_blocked_row_that_was_probed_quotes_the_error() -> None:
+    blocked = [r for r in rows() if r.host is STANDALONE and r.verdict is VerdictLevel.BLOCK and r.evidence == "probed"]
+    assert blocked
+    assert [r.cell.key for r in blocked if ": " not in r.raw_error] == []
 
 
-def build_torchao(net: Net, format_id: str) -> Net:
-    quantization = pytest.importorskip("torchao.quantization")
-    if format_id == "torchao-int4wo":  # the library's `quantize_` has none for a CPU, but its layer for one exists
-        quantizer = get_quantizer(format_id)
-        for name, layer in list(net.named_children()):
-            weight = quantizer.quantize(layer.weight.data, QuantSpec(format_id))  # type: ignore[union-attr]
-            setattr(net, name, quantizer.to_native(weight, layer.bias))  # type: ignore[arg-type]
-        return net
-    names = {
-        "torchao-int8wo": "Int8WeightOnlyConfig",
-        "torchao-int8dyn": "Int8DynamicActivationInt8WeightConfig",
-        "torchao-float8wo": "Float8WeightOnlyConfig",
-    }
-    quantization.quantize_(net, getattr(quantization, names[format_id])())
-    return net
+def test_every_cell_that_a_probe_can_run_was_measured() -> None:
+    missing = [cell.key for cell in record.not_measured(probe_cells())]
+    assert missing == []
+    skipped = {cell for cell, result in stored().items() if result.outcome == "skipped"}
+    assert {cell.key for cell in skipped if not streamed(cell.variant)} == set()
+    assert all(measured()[cell.key].reason for cell in skipped)
 
 
-def build_nncf(net: Net, format_id: str) -> Net:
-    nncf = pytest.importorskip("nncf")
-    mode = nncf.CompressWeightsMode[format_id.removeprefix("nncf-").replace("-", "_").upper()]
-    options = {} if "int8" in format_id else {"group_size": 64, "ratio": 1.0, "all_layers": True}
-    return nncf.compress_weights(net, mode=mode, dataset=nncf.Dataset([inputs()]), **options)
-
-
-def build_layerwise(net: Net, format_id: str) -> Net:
-    hooks = pytest.importorskip("diffusers.hooks")
-    storage = getattr(torch, f"float8_{format_id.removeprefix('layerwise-fp8-')}")
-    hooks.apply_layerwise_casting(net, storage, torch.bfloat16, skip_modules_pattern=())
-    return net
-
-
-# Libraries that quantize a module tree and not one layer.
-WHOLE_MODEL: dict[str, Callable[[Net, str], Net]] = {
-    "quanto": build_quanto,
-    "sdnq": build_sdnq,
-    "torchao": build_torchao,
-    "nncf": build_nncf,
-    "layerwise": build_layerwise,
-}
-
-
-@pytest.fixture(autouse=True)
-def _quiet_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NNCF_CI", "1")  # no telemetry
-    monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")
-
-
-def inputs() -> Tensor:
-    return torch.randn(4, GGUF_DIM, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-
-
-def cells(test: str, *variants: str) -> pytest.MarkDecorator:
-    """Parametrise with every format of every probed row that names this test as its source."""
-    rows = [r for r in ROWS if r.evidence == "probed" and r.source == f"{TESTS}::{test}"]
-    assert rows, f"no row names {test}"
-    params = [
-        pytest.param(row, format_id, variant, id="-".join(filter(None, (row.carrier.value, format_id, variant))))
-        for row in rows
-        for pattern in row.formats
-        for format_id in EXAMPLES.get(pattern, [pattern])
-        for variant in variants or ("",)
+def test_nothing_that_a_cpu_can_probe_is_unknown() -> None:
+    unknown = [
+        row.cell.key
+        for row in rows()
+        if row.host is STANDALONE and row.verdict is VerdictLevel.UNKNOWN and not row.needs
     ]
-    return pytest.mark.parametrize(("row", "format_id", "variant"), params)
+    assert unknown == []
 
 
-def agree(
-    row: Row, format_id: str, place: Callable[[Net], nn.Module], *, split: bool | None = None, disk: bool = False
+def test_at_least_120_cells_are_probed() -> None:
+    assert len([r for r in stored().values() if r.outcome != "skipped"]) >= 120
+    assert sum(row.evidence == "probed" for row in rows()) >= 120
+
+
+def test_stored_outcomes_and_verdicts_agree() -> None:
+    assert [str(d) for d in record.disagreements(stored(), require_all=True)] == []
+
+
+def test_our_carrier_passes_every_mode() -> None:
+    ours = {cell: result for cell, result in stored().items() if cell.carrier is QUANTWIRE}
+    assert {c.key for c, r in ours.items() if r.outcome != "equal" and not streamed(c.variant)} == set()
+    assert {(c.mode, c.variant) for c in ours} == set(WAYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "begins"),
+    [
+        ("library/bnb-nf4/sequential/memory", "NotImplementedError: Cannot copy out of meta tensor; no data!"),
+        ("library/bnb-fp4/balanced/split-disk", "NotImplementedError: Cannot copy out of meta tensor; no data!"),
+        ("library/quanto-qint8/sequential/memory", "TypeError: WeightQBytesTensor.__new__() missing 6 required"),
+        ("library/quanto-qint4/balanced/split", "TypeError: WeightQBitsTensor.__new__() missing 7 required"),
+        ("library/quanto-qint8/balanced/whole", "TypeError: WeightQBytesTensor.__new__() missing 6 required"),
+        ("library/quanto-qint8/group/block", "LeftBehind: diffusers moved proj_in.weight (WeightQBytesTensor)"),
+        ("library/gguf-q8-0/sequential/disk", "KeyError: None"),
+        ("library/torchao-int8wo/sequential/disk", "NotImplementedError: Int8Tensor dispatch: attempting to run"),
+        ("library/torchao-int4wo/balanced/split-disk", "NotImplementedError: Int4OpaqueTensor dispatch: attempting"),
+        ("library/torchao-float8wo/sequential/disk", "NotImplementedError: Float8Tensor dispatch: attempting to run"),
+        ("library/torchao-int8wo/group/leaf-disk", "ValueError: Disk offloading is not supported for TorchAO"),
+        ("library/nncf-int8-asym/sequential/memory", "NotImplementedError: Cannot copy out of meta tensor; no data!"),
+        ("library/nncf-int4-sym/group/leaf-disk", "LeftBehind: diffusers moved these, and they stayed: proj_in.weight"),
+        ("host/comfy-int8/sequential/memory", "TypeError: QuantizedTensor.__new__() got an unexpected keyword"),
+    ],
+)
+def test_the_errors_are_those_of_the_libraries(key: str, begins: str) -> None:
+    assert measured()[key].outcome == "error"
+    assert measured()[key].error.startswith(begins)
+
+
+def test_both_of_quantos_classes_for_grouped_weights_are_seen() -> None:
+    data = json.loads(matrix.MEASURED.read_text(encoding="utf-8"))["cells"]["library/quanto-qint4/sequential/memory"]
+    assert data["error"].startswith("TypeError: WeightQBitsTensor.__new__() missing 7")
+    (other,) = data["also"]
+    assert other.startswith("TypeError: TinyGemmWeightQBitsTensor.__new__() missing 6")
+
+
+# Probes
+
+
+@pytest.mark.parametrize(("mode", "variant"), WAYS, ids=[f"{m.value}-{v or 'whole'}" for m, v in WAYS])
+@pytest.mark.parametrize("width", [NARROW, WIDTH])
+def test_full_precision_runs_under_the_same_calls(mode: OffloadMode, variant: str, width: int) -> None:
+    """A failure of quantized layers is then their own, not that of the calls."""
+    if streamed(variant) and not has_streams(compute_device()):
+        pytest.skip("copying on a stream of its own needs an accelerator")
+    assert control(mode, variant, width) == Result("equal")
+
+
+@pytest.mark.parametrize(("mode", "variant"), WAYS, ids=[f"{m.value}-{v or 'whole'}" for m, v in WAYS])
+@pytest.mark.parametrize(("carrier", "format_id"), FAST, ids=[f"{c.value}-{f}" for c, f in FAST])
+def test_a_cell_probed_here_is_as_it_is_stored(
+    carrier: Carrier, format_id: str, mode: OffloadMode, variant: str
 ) -> None:
-    """Run one cell; the verdict of the row, of `check` on the real module and of the library must be the same.
-
-    Args:
-        place: puts the module under the mode; what it returns is then called twice, since some states last one call.
-        disk: whether a part is kept on disk: what a warning is about.
-    """
-    with torch.no_grad():
-        expected = build(row.carrier, format_id)(inputs())
-        net = build(row.carrier, format_id)
-        (verdict,) = check(find_carriers(net), row.mode, split=split)
-        assert verdict.row is row
-        assert verdict.level is row.verdict
-        if row.verdict is VerdictLevel.BLOCK or (row.verdict is VerdictLevel.WARN and disk):
-            with pytest.raises(Exception) as failure:  # noqa: PT011 - the type is part of the text below
-                place(net)(inputs())
-            assert f"{failure.type.__name__}: {failure.value}".startswith(row.raw_error)
-            return
-        assert row.verdict in (VerdictLevel.OK, VerdictLevel.WARN)
-        placed = place(net)
-        for _ in range(2):
-            assert torch.equal(placed(inputs()), expected)
+    cell = Cell(carrier, format_id, mode, variant)
+    result = probe(cell)
+    if result.outcome == "skipped":
+        pytest.skip(result.reason)
+    assert record.disagreements({cell: result}) == []
+    assert result.error.partition(":")[0] == measured()[cell.key].error.partition(":")[0]
 
 
-def offloaded(module: nn.Module) -> set[str]:
-    return {name for name, child in module.named_children() if any(p.is_meta for p in child.parameters())}
-
-
-@cells("test_none")
-def test_none(row: Row, format_id: str, variant: str) -> None:
-    agree(row, format_id, lambda net: net.to(MAIN))
-
-
-@cells("test_model")
-def test_model(row: Row, format_id: str, variant: str) -> None:
-    def place(net: Net) -> nn.Module:
-        net, hook = accelerate.cpu_offload_with_hook(net, execution_device=MAIN)
-        net(inputs())
-        hook.offload()
-        return net
-
-    agree(row, format_id, place)
-
-
-@cells("test_sequential", *SPLITS)
-def test_sequential(row: Row, format_id: str, variant: str, tmp_path: Path) -> None:
-    def place(net: Net) -> nn.Module:
-        if variant == "disk":
-            accelerate.disk_offload(net, tmp_path, execution_device=MAIN)
-        else:
-            accelerate.cpu_offload(net, execution_device=MAIN)
-        assert offloaded(net) == {"a", "b", "c"}
-        return net
-
-    agree(row, format_id, place, disk=variant == "disk")
-
-
-def dispatch(net: nn.Module, away: str, folder: Path) -> nn.Module:
-    places = {name: away if name == "b" else MAIN for name, _ in net.named_children()}  # NNCF's hooks are a child too
-    net = accelerate.dispatch_model(net, device_map=places, main_device=MAIN, offload_dir=folder)
-    assert offloaded(net) == {"b"}
-    return net
-
-
-@cells("test_balanced_split", *SPLITS)
-def test_balanced_split(row: Row, format_id: str, variant: str, tmp_path: Path) -> None:
-    agree(row, format_id, lambda net: dispatch(net, variant, tmp_path), split=True, disk=variant == "disk")
-
-
-@cells("test_balanced_moved", *SPLITS, "hooks-to-another-device")
-def test_balanced_moved(row: Row, format_id: str, variant: str, tmp_path: Path) -> None:
-    """Blocked in every case: some layers kept away, or all of them moved by hooks as diffusers' `balanced` does."""
-
-    def place(net: Net) -> nn.Module:
-        if variant in SPLITS:
-            return dispatch(net, variant, tmp_path)
-        return accelerate.dispatch_model(net, device_map={"": "meta"}, main_device="meta", force_hooks=True)
-
-    agree(row, format_id, place, split=None if variant in SPLITS else False)
-
-
-@cells("test_balanced_on_one_device", "plain", "hooks")
-def test_balanced_on_one_device(row: Row, format_id: str, variant: str) -> None:
-    def place(net: Net) -> nn.Module:
-        return accelerate.dispatch_model(net, device_map={"": MAIN}, force_hooks=variant == "hooks")
-
-    agree(row, format_id, place, split=False)
-
-
-@pytest.mark.parametrize("hooks", [False, True], ids=["plain", "hooks"])
 @pytest.mark.parametrize("format_id", ["quanto-qint8", "quanto-qint4", "quanto-qfloat8-e4m3fn", "gguf-q8-0"])
-def test_balanced_works_where_nothing_moves_although_the_table_blocks_it(format_id: str, hooks: bool) -> None:
+def test_balanced_works_where_nothing_moves_although_the_table_blocks_it(format_id: str, tmp_path: Path) -> None:
     """The part of the blocked cells that would have run, as their note says."""
+    row = find_row(LIBRARY, format_id, BALANCED, host=STANDALONE, variant="whole")
+    assert row is not None
+    assert row.verdict is VerdictLevel.BLOCK
+    assert "Where it already is on the device, it runs" in row.note
+    device = compute_device()
+    if device.type != "cpu":
+        pytest.skip("layers are made on the CPU, so that dispatching moves them here")
+    x = inputs(WIDTH)
     with torch.no_grad():
-        expected = build(Carrier.LIBRARY, format_id)(inputs())
-        net = accelerate.dispatch_model(build(Carrier.LIBRARY, format_id), device_map={"": MAIN}, force_hooks=hooks)
-        assert torch.equal(net(inputs()), expected)
+        expected = build(LIBRARY, format_id, WIDTH)(x)
+        placed = placing.place(build(LIBRARY, format_id, WIDTH), BALANCED, "whole", device, tmp_path)
+        placed.check()
+        assert torch.equal(placed.module(x), expected)
 
 
-@pytest.mark.parametrize("away", SPLITS)
-def test_full_precision_runs_under_the_same_calls(away: str, tmp_path: Path) -> None:
-    """A failure above is the quantized layers' own, not that of the calls."""
-    torch.manual_seed(0)
-    net = Net().to(torch.bfloat16)
-    with torch.no_grad():
-        expected = net(inputs())
-        assert torch.equal(dispatch(copy.deepcopy(net), away, tmp_path)(inputs()), expected)
-        accelerate.cpu_offload(net, execution_device=MAIN)
-        assert torch.equal(net(inputs()), expected)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        cell
+        for cell in probe_cells()
+        if cell.mode is SEQUENTIAL and cell.variant == "memory" and not cell.format_id.startswith(runner.SLOW)
+    ],
+    ids=lambda cell: cell.key,
+)
+def test_what_a_probe_builds_is_found_and_judged_by_its_own_row(cell: Cell) -> None:
+    try:
+        net = build(cell.carrier, cell.format_id, WIDTH)
+    except Unavailable as err:
+        pytest.skip(str(err))
+    (found,) = find_carriers(net)
+    (verdict,) = check([found], cell.mode, host=STANDALONE, variant=cell.variant)
+    row = find_row(cell.carrier, cell.format_id, cell.mode, host=STANDALONE, variant=cell.variant)
+    assert row is not None
+    assert (found.carrier, verdict.level) == (cell.carrier, row.verdict)
+    assert verdict.cause == row.cause
 
 
-def test_every_probed_row_names_a_test_that_exists() -> None:
-    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    here = {f"{TESTS}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert Path(__file__).as_posix().endswith(TESTS)
-    assert {r.source for r in ROWS if r.evidence == "probed"} <= here
+# Probes can fail
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.carrier.value}-{r.formats[0]}-{r.mode.value}-{r.when}")
-def test_every_row_is_complete(row: Row) -> None:
-    assert all((row.formats, row.cause, row.source, row.versions))
-    assert not row.cause.endswith(".")
-    if row.verdict in (VerdictLevel.BLOCK, VerdictLevel.WARN):
-        assert len(row.remedies) >= 2
-        # A probed row quotes the error that its probe saw; an error that nobody here saw is not made up.
-        assert bool(row.raw_error) == (row.evidence == "probed")
-    else:
-        assert not row.raw_error
+@pytest.mark.parametrize(
+    ("module", "call", "mode", "variant"),
+    [
+        ("accelerate", "cpu_offload", SEQUENTIAL, "memory"),
+        ("accelerate", "disk_offload", SEQUENTIAL, "disk"),
+        ("accelerate", "dispatch_model", BALANCED, "whole"),
+        ("accelerate", "dispatch_model", BALANCED, "split"),
+        ("diffusers.hooks", "apply_group_offloading", GROUP, "leaf"),
+        ("diffusers.hooks", "apply_group_offloading", GROUP, "block-disk"),
+    ],
+)
+def test_a_mode_that_is_not_in_force_is_no_result(
+    module: str, call: str, mode: OffloadMode, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{module}.{call}", lambda net, *args, **kwargs: net)
+    result = control(mode, variant, WIDTH)
+    assert (result.outcome, result.error.partition(":")[0]) == ("error", "ProbeError")
+    assert record.disagreements({Cell(LIBRARY, "bnb-nf4", mode, variant): result})
+
+
+def test_disk_offload_without_files_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    def from_memory(net: Any, folder: str, execution_device: Any) -> Any:
+        return accelerate.cpu_offload(net, execution_device=execution_device)
+
+    monkeypatch.setattr("accelerate.disk_offload", from_memory)
+    assert control(SEQUENTIAL, "disk", WIDTH).error.startswith("ProbeError: files on disk: []")
+
+
+def test_another_output_is_seen_in_the_second_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Callable[..., placing.Placed] = placing.place
+
+    def spoiled(*args: Any) -> placing.Placed:
+        placed = real(*args)
+        return placing.Placed(placed.module, placed.check, lambda: placed.module.proj_in.bias.add_(1))  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr(cells, "place", spoiled)
+    assert control(OffloadMode.NONE, "", WIDTH) == Result("differs")
+
+
+def test_cells_are_probed_only_where_full_precision_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.cpu_offload", lambda net, *args, **kwargs: net)
+    cells._control.cache_clear()
+    try:
+        result = probe(Cell(LIBRARY, "bnb-nf4", SEQUENTIAL, "memory"))
+    finally:
+        cells._control.cache_clear()
+    assert result.error.startswith("ProbeError: layers in full precision do not pass either: ProbeError: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "cell", "reason"),
+    [
+        ("bitsandbytes", NF4, "bitsandbytes is not installed"),
+        ("accelerate", OURS[0], "accelerate is not installed"),
+        ("diffusers.hooks", Cell(QUANTWIRE, "gguf-q8-0", GROUP, "leaf"), "diffusers is not installed"),
+    ],
+)
+def test_a_missing_library_is_a_reason_to_skip(
+    module: str, cell: Cell, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cached in (cells._control, cells._expected):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    try:
+        assert probe(cell) == Result("skipped", reason=reason)
+    finally:
+        cells._control.cache_clear()
+
+
+def test_full_precision_is_the_same_at_every_call() -> None:
+    first, second = full_precision(WIDTH), full_precision(WIDTH)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# The check
+
+
+def row_of(cell: Cell) -> Row:
+    row = find_row(cell.carrier, cell.format_id, cell.mode, host=STANDALONE, variant=cell.variant)
+    assert row is not None
+    return row
+
+
+@pytest.mark.parametrize(
+    ("cell", "result", "reason"),
+    [
+        (NF4, Result("error", "NotImplementedError: another wording"), ""),
+        (NF4, Result("equal"), "blocked, although it runs"),
+        (NF4, Result("differs"), "measured before as error"),
+        (NF4, Result("error", "ProbeError: no"), "the probe itself failed"),
+        (
+            NF4,
+            Result("skipped", reason="bitsandbytes is not installed"),
+            "measured before as error, and not probed here",
+        ),
+        (INT8, Result("equal"), ""),
+        (INT8, Result("differs"), "ok is twice the output"),
+        (INT8, Result("error", "Crash: the process was ended by SIGSEGV"), "ok is twice the output"),
+        (STREAM, Result("skipped", reason="no accelerator"), ""),
+        (STREAM, Result("error", "RuntimeError: on a GPU"), ""),
+    ],
+)
+def test_the_check_compares_outcome_verdict_and_what_was_measured_before(
+    cell: Cell, result: Result, reason: str
+) -> None:
+    found = record.disagreements({cell: result}, require_all=True)
+    assert bool(found) == bool(reason)
+    if found:
+        assert found[0].reason.startswith(reason)
+        for part in (cell.key, row_of(cell).verdict.value, result.outcome, result.error or result.reason):
+            assert part in str(found[0])
+
+
+def test_a_missing_library_fails_only_where_all_is_required() -> None:
+    skipped = {NF4: Result("skipped", reason="bitsandbytes is not installed")}
+    assert record.disagreements(skipped) == []
+    assert len(record.disagreements(skipped, require_all=True)) == 1
+
+
+# The two of `OURS`, in a process of their own.
+PROBE = ["compat", "--probe", "--carrier", "quantwire", "--format", "gguf-q8-0", "--mode", "sequential"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_planted_wrong_verdict_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = Rule(QUANTWIRE, ("gguf-q8-0",), SEQUENTIAL, VerdictLevel.BLOCK, "planted", variants=("disk",))
+    monkeypatch.setattr(standalone_rules, "RULES", (planted, *standalone_rules.RULES))
+    matrix.forget()
+    assert cli.main([*PROBE, "--check", "--require-all"]) == 2
+    err = capsys.readouterr().err
+    wrong = f"{OURS[1].key}: the table says block, measured equal: blocked, although it runs"
+    assert [line for line in err.splitlines() if "the table says" in line] == [wrong]
+    assert "1 of 2 cells agree with the table." in err
+
+
+@pytest.mark.usefixtures("fresh")
+def test_write_puts_in_what_ran_and_keeps_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "measured.json"
+    before = json.loads(matrix.MEASURED.read_text(encoding="utf-8"))
+    before["cells"][OURS[0].key] = {"outcome": "error", "error": "E: x", "libraries": ["torch"], "device": "cpu"}
+    before["cells"]["library/gone-1/none"] = {"outcome": "equal", "libraries": ["gone"], "device": "cpu"}
+    before["versions"]["accelerate"] = "0.0.1"
+    path.write_text(json.dumps(before), encoding="utf-8")
+    for module in (matrix, record):
+        monkeypatch.setattr(module, "MEASURED", path)
+    matrix.forget()
+    assert cli.main([*PROBE, "--write", "--check"]) == 2  # it was measured otherwise before
+    assert f"{OURS[0].key}: the table says ok, measured equal: measured before as error" in capsys.readouterr().err
+    after = json.loads(path.read_text(encoding="utf-8"))
+    assert after["cells"][OURS[0].key]["outcome"] == "equal"
+    assert "error" not in after["cells"][OURS[0].key]
+    assert after["versions"]["accelerate"] != "0.0.1"
+    assert "library/gone-1/none" not in after["cells"]
+    ran = {cell.key for cell in OURS} | {"library/gone-1/none"}
+    kept = {key: entry for key, entry in before["cells"].items() if key not in ran}
+    assert {key: entry for key, entry in after["cells"].items() if key not in ran} == kept
+    assert list(tmp_path.iterdir()) == [path]
+    assert measured()[OURS[0].key].outcome == "equal"
+
+
+def test_a_skipped_cell_keeps_what_was_measured_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_bytes(matrix.MEASURED.read_bytes())
+    monkeypatch.setattr(record, "MEASURED", path)
+    record.write({NF4: Result("skipped", reason="bitsandbytes is not installed")}, "cpu", probe_cells())
+    assert path.read_bytes() == matrix.MEASURED.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--check"], "--check needs --probe"),
+        (["--write"], "--write needs --probe"),
+        (["--probe", "--require-all"], "--require-all needs --check"),
+        (["--format", "nothing-*"], "No cell of the table fits the filters"),
+        (["--probe", "--host", "comfyui"], "No probe covers these rows"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compat", *argv]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_json_prints_every_row_with_its_columns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["compat", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed) == len(rows())
+    columns = {"carrier", "format", "mode", "variant", "host", "verdict", "evidence", "cause", "remedy", "versions"}
+    assert all(columns | {"raw_error", "source", "needs", "note"} <= set(row) for row in printed)
+    assert cli.main(["compat", "--format", "bnb-*", "--mode", "group", "--json", str(tmp_path / "rows.json")]) == 0
+    some = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["mode"] for row in some} == {"group"}
+    assert {row["format"] for row in some} == {"bnb-int8", "bnb-nf4", "bnb-fp4"}
+
+
+def test_the_table_is_printed_with_causes_and_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compat", "--carrier", "library", "--format", "bnb-nf4", "--host", "standalone"]) == 0
+    out = capsys.readouterr().out
+    row = row_of(NF4)
+    assert "standalone / library / bnb-nf4" in out
+    assert "sequential memory      block    measured" in out
+    assert row.cause in out
+    assert all(f"- {remedy.text}" in out for remedy in row.remedies)
+
+
+# The runner
+
+WORKER = "from quantwire.quantizers.compat.probes.worker import main"
+FOUR = [Cell(QUANTWIRE, f"gguf-{kind}", OffloadMode.NONE, "") for kind in ("q8-0", "q4-0", "q5-0", "q4-1")]
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, code: dict[Cell, str]) -> None:
+    """Let worker processes run some code in the place of a cell's probe."""
+    plant = f"""
+from quantwire.quantizers.compat.probes import cell
+real, planted = cell.probe, {{{", ".join(f"{c.key!r}: {text!r}" for c, text in code.items())}}}
+def probe(c):
+    exec(planted.get(c.key, ""))
+    return real(c)
+cell.probe = probe
+{WORKER}"""
+    assert WORKER in runner.START
+    monkeypatch.setattr(runner, "START", runner.START.replace(WORKER, plant))
+
+
+def test_a_process_that_dies_is_charged_to_its_cell_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, {FOUR[1]: "import os; os.abort()", FOUR[2]: "print('last words'); raise SystemExit(3)"})
+    told: list[Cell] = []
+    results = runner.run(FOUR, lambda cell, result, seconds: told.append(cell))
+    assert results[FOUR[1]].outcome == "error"
+    assert results[FOUR[1]].error.startswith("Crash: the process was ended by SIGABRT")
+    assert results[FOUR[2]] == Result("error", "Crash: the process ended with code 3: last words")
+    assert [results[cell].outcome for cell in (FOUR[0], FOUR[3])] == ["equal", "equal"]
+    assert told == FOUR
+
+
+def test_a_cell_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, {FOUR[0]: "import time; time.sleep(600)"})
+    results = runner.run(FOUR[:1], cell_s=5.0)
+    assert results[FOUR[0]].outcome == "error"
+    assert "Timeout: no result after 5 s" in results[FOUR[0]].error
+
+
+def test_a_process_that_cannot_start_says_nothing_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "START", "raise SystemExit('no such thing')")
+    results = runner.run(FOUR[:2])
+    assert [r.error for r in results.values()] == [
+        "ProbeError: before any cell began, Crash: the process ended with code 1: no such thing"
+    ] * 2
+    assert len(record.disagreements(results)) == 2
+
+
+def test_a_pack_in_a_folder_of_any_name_can_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a custom node the pack is a folder whose name need not be an identifier."""
+    (tmp_path / "quantwire-main 2").symlink_to(runner.ROOT, target_is_directory=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path / "quantwire-main 2")
+    monkeypatch.chdir(tmp_path)
+    assert [r.outcome for r in runner.run(FOUR[:1]).values()] == ["equal"]
+
+
+def test_cells_that_share_a_library_share_a_process() -> None:
+    by_group: dict[str, set[str]] = {}
+    for cell in probe_cells():
+        by_group.setdefault(runner.group_of(cell), set()).add(cell.format_id.partition("-")[0])
+    assert all(len(backends) == 1 for backends in by_group.values())
+    assert len(by_group) == 9

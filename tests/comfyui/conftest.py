@@ -1,6 +1,7 @@
 """A real ComfyUI server with the pack in its custom_nodes, for as long as the tests run.
 
 `COMFYUI_PATH` names a ComfyUI tree, `COMFYUI_PYTHON` the Python that runs it (default: the one that runs the tests).
+`COMFYUI_GGUF_PATH` names a checkout of city96/ComfyUI-GGUF for the tests of its layers, which are skipped without.
 The server gets a base directory of its own, so nothing is written into the tree.
 """
 
@@ -131,6 +132,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     for name in ("custom_nodes", "input", "output", "user", "models/loras"):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / "quantwire").symlink_to(ROOT)
+    if os.environ.get("COMFYUI_GGUF_PATH"):
+        (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(Path(os.environ["COMFYUI_GGUF_PATH"]).resolve())
     shutil.copytree(HERE / "probe_pack", base / "custom_nodes" / "quantwire_test_probe")
     write_models(tree, base / "models")
     with socket.socket() as probe:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from . import guard, offload
 from .small import shrink
 
 
@@ -266,6 +267,8 @@ class ProbeMemory:
 
         memory = _pack_module("hosts.comfyui.memory")
         before = mm.vram_state, mm.get_torch_device
+        model = model.clone()
+        model.load_device = torch.device(device)
         try:
             if state != "as it is":
                 mm.vram_state = mm.VRAMState[state]
@@ -301,5 +304,6 @@ class ProbeClip:
 
 
 NODES = (ProbeLoad, ProbeFormats, ProbeModel, ProbeLayout, ProbeRemake, ProbeControlNet, ProbeMemory)
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (*NODES, ProbeLoadClip, ProbeConditioning, ProbeClip)}
+NODES = (*NODES, ProbeLoadClip, ProbeConditioning, ProbeClip, *offload.NODES, *guard.NODES)
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in NODES}
 shrink()

@@ -1,4 +1,4 @@
-"""Command line: `quantwire run`, `quantwire convert`, `quantwire imatrix`, `quantwire formats`, `quantwire help`.
+"""Command line: `quantwire run`, `convert`, `imatrix`, `lint`, `compat`, `formats`, `help`.
 
 Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
 one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import convert, imatrix
+from .commands import compat, convert, imatrix, lint
 from .commands.paths import require_writable
 from .quantizers.errors import FileError, OffloadConflict, QuantwireError
 
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
     convert.add_parser(commands, common)
     imatrix.add_parser(commands, common)
+    lint.add_parser(commands, common)
+    compat.add_parser(commands, common)
 
     formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
     formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")

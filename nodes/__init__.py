@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .convert import ConvertModel
+from .explain import explain_errors
 from .imatrix import RecordImatrix, SaveImatrix
 from .load import LoadAndQuantize, LoadGGUF
 from .load_text import LoadGGUFTextEncoder
@@ -38,3 +39,6 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "RecordImatrix": "Record Importance Matrix",
     "SaveImatrix": "Save Importance Matrix",
 }
+
+for _node in NODE_CLASS_MAPPINGS.values():
+    explain_errors(_node)

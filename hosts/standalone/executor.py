@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...quantizers.compat.modes import HostName
 from ...quantizers.errors import QuantwireError
 from .progress import Interrupted, Listener, NodeScope, first_sigint_sets, node_scope
 from .validate import BoundNode, Checked, check, raise_problems
@@ -88,7 +89,8 @@ class Executor:
             extra_pnginfo: for nodes with the hidden input EXTRA_PNGINFO.
         Raises:
             WorkflowError: the workflow has problems; nothing ran.
-            NodeFailed: a node raised. QuantwireError and out-of-memory errors come as they are, with the attribute
+            NodeFailed: a node raised. QuantwireError and out-of-memory errors come as they are, and raw errors of
+                quantized weights under offload as the QuantwireError that explains them, with the attribute
                 `node_place`.
             Interrupted: cancelled; what finished stays cached.
             RuntimeError: a run is in progress.
@@ -233,7 +235,10 @@ class _Run:
             failure = self.failure(node, err)
             if failure is err:
                 raise
-            raise failure from (err if isinstance(failure, NodeFailed) else None)
+            try:
+                raise failure from (None if isinstance(failure, Interrupted) else err)
+            finally:
+                del failure  # its traceback holds this frame, and with it every tensor of the node
         if scope.interrupt_raised:  # the node swallowed the Interrupted, so its result is half done
             raise self.failure(node, Interrupted(f"Interrupted in {node.place}."))
         seconds = self.result.timings_s[node.id] = time.perf_counter() - start
@@ -248,7 +253,9 @@ class _Run:
         if isinstance(err, KeyboardInterrupt):
             err = Interrupted(f"Interrupted in {place}.")
         elif not isinstance(err, (Interrupted, QuantwireError, torch.OutOfMemoryError, MemoryError)):
-            err = NodeFailed(place, err)
+            from ...quantizers.compat.translate import translate
+
+            err = translate(err, host=HostName.STANDALONE) or NodeFailed(place, err)
         setattr(err, "node_place", place)  # noqa: B010 - the types are not all ours
         self.listener.node_error(node, err)
         return err

@@ -142,6 +142,16 @@ def load_workflow(path: str | Path) -> Prompt:
         FileError: no such file, or not readable as text.
         WorkflowError: not JSON, in editor form, or not a mapping of nodes.
     """
+    return parse_workflow(read_json(path), str(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed text of a workflow file of either form.
+
+    Raises:
+        FileError: no such file, or not readable as text.
+        WorkflowError: not JSON.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -149,17 +159,16 @@ def load_workflow(path: str | Path) -> Prompt:
         kind = "is a folder, not a workflow file" if path.is_dir() else "does not exist"
         raise FileError(f"{path}: {kind}.{_json_files_beside(path)}") from err
     except UnicodeDecodeError as err:
-        raise FileError(f"{path}: not a text file; expected a workflow as UTF-8 JSON in API form.") from err
+        raise FileError(f"{path}: not a text file; expected a workflow as UTF-8 JSON.") from err
     except OSError as err:
         raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
     try:
-        data = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as err:
         raise WorkflowError(f"{path}: invalid JSON at line {err.lineno}, column {err.colno}: {err.msg}.") from err
     except (ValueError, RecursionError) as err:  # a number of thousands of digits, brackets nested as deep
         reason = "too deeply nested" if isinstance(err, RecursionError) else str(err)
         raise WorkflowError(f"{path}: the JSON cannot be read: {reason}.") from err
-    return parse_workflow(data, str(path))
 
 
 def _json_files_beside(path: Path) -> str:

@@ -66,7 +66,7 @@ class Guard:
         known, now = (*components, mode, variant), fingerprint(components)
         if self._passed.get(known) == now:
             return
-        self.act(self.examine(components, mode, variant, space), late=True)
+        self.act(self.examine(components, mode, variant, space), LATE)
         self._remember(known, now)
 
     def examine(
@@ -88,16 +88,18 @@ class Guard:
                 verdicts[name] += [v for v in now if v.level in (VerdictLevel.BLOCK, VerdictLevel.WARN)]
         return {name: of_one for name, of_one in verdicts.items() if of_one}
 
-    def act(self, verdicts: Verdicts, *, late: bool = False) -> None:
+    def act(self, verdicts: Verdicts, note: str = "") -> None:
         """Stop, warn or say nothing, as the action is.
 
+        Args:
+            note: goes after the first line of a conflict.
         Raises:
             OffloadConflict: as for calling.
         """
         blocks = [(name, v) for name, of_one in verdicts.items() for v in of_one if v.level is VerdictLevel.BLOCK]
         if blocks and self.action is Action.BLOCK:
             first, *rest = "\n".join(explain(v, name) for name, v in blocks).splitlines()
-            raise OffloadConflict("\n".join([first, *([LATE] if late else []), *rest]))
+            raise OffloadConflict("\n".join([first, *([note] if note else []), *rest]))
         for name, of_one in verdicts.items():
             for verdict in of_one:
                 if self.action is not Action.REPORT and verdict.level is not VerdictLevel.OK:
@@ -114,7 +116,7 @@ class Guard:
 
 
 def fingerprint(components: Mapping[str, nn.Module]) -> int:
-    """Changes when a module is replaced, wrapped or hooked, or when a parameter becomes one of another class.
+    """Changes when a module is replaced, wrapped or hooked, or a parameter or buffer becomes one of another class.
 
     Values, devices and dtypes do not count: hosts change those while they load.
     """
@@ -131,6 +133,8 @@ def fingerprint(components: Mapping[str, nn.Module]) -> int:
         see(type(module))
         if parameters := kept["_parameters"]:
             many(map(type, parameters.values()))
+        if buffers := kept["_buffers"]:
+            many(map(type, buffers.values()))
         if "_hf_hook" in kept or "_diffusers_hook" in kept:
             see(True)
         if modules := kept["_modules"]:

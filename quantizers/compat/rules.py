@@ -24,6 +24,8 @@ _HOLDERS = {
     Carrier.LIBRARY: "library",
     Carrier.HOST: "ComfyUI",
 }
+# Classes of packs that users know by name, and not by their classes.
+_PACKS = {"GGMLTensor": "ComfyUI-GGUF", "GGMLLayer": "ComfyUI-GGUF"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Verdict:
         """One sentence that stands alone."""
         f = self.found
         holder = f"{_HOLDERS[f.carrier]} layer{'s' if f.layers != 1 else ''}"
-        layers = f"{f.layers} {holder}{f' of {f.kind}' if f.kind else ''}{'' if f.frozen else ', not frozen'}"
+        kind = f"{_PACKS[f.kind]}'s {f.kind}" if f.kind in _PACKS else f.kind
+        layers = f"{f.layers} {holder}{f' of {kind}' if kind else ''}{'' if f.frozen else ', not frozen'}"
         return f"{f.format_id} ({layers}) {_SAID[self.level]} {described(self.mode, self.variant)}: {self.cause}."
 
     def to_dict(self) -> dict[str, Any]:

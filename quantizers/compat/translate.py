@@ -268,7 +268,7 @@ def _conflict(
     found: Sequence[Found],
 ) -> QuantwireError:
     # A host that moves nothing itself does not know of the hooks that somebody else put on the model.
-    if mode in (None, OffloadMode.NONE) and scene.mode is not None or (mode is scene.mode and variant is None):
+    if (mode in (None, OffloadMode.NONE) and scene.mode is not None) or (mode is scene.mode and variant is None):
         mode, variant = scene.mode, scene.variant
     one = _concerned(signature, scene, found)
     how = f" {described(mode, variant)}" if mode is not None else ""

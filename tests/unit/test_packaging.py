@@ -79,9 +79,9 @@ def test_every_package_folder_is_packaged() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
-def test_ci_runs_lint_types_the_test_command_of_the_readme_and_the_slow_tests() -> None:
+def test_ci_runs_lint_types_the_test_command_of_the_readme_the_slow_tests_and_the_probes() -> None:
     commands = [line for line in lines(".ci/run") if line.startswith("make ")]
-    assert commands == ["make lint", "make types", "make test", "make test-slow"]
+    assert commands == ["make lint", "make types", "make test", "make test-slow", "make probe"]
     assert "`make test`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -110,4 +110,5 @@ def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> N
     assert "quantwire/quantizers/registry.py" in held
     assert "quantwire/workflows/api/quantized.json" in held
     assert "quantwire/web/docs/QuantConfig.md" in held
+    assert {"quantwire/hosts/lint/core_nodes.txt", "quantwire/hosts/lint/pack_nodes.txt"} <= set(held)
     assert not [n for n in held if n.endswith(".safetensors") or "/tests/" in n]

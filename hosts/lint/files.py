@@ -1,0 +1,165 @@
+"""Model files as lint sees them: where a name is looked for, and what a header tells of the formats inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...quantizers.errors import FileError, near
+from ..standalone.host import StandaloneHost
+
+# Folders beside those that the embedded host knows: the older names of ComfyUI, and the packs' own.
+FOLDERS: Mapping[str, tuple[str, ...]] = {
+    "controlnet": ("controlnet", "t2i_adapter"),
+    "unet_gguf": ("diffusion_models", "unet_gguf"),
+    "clip_gguf": ("text_encoders", "clip_gguf"),
+    "vae": ("vae", "vae_approx"),
+}
+MOST_MARKS = 64  # `comfy_quant` tensors that are read; a file has one a layer, mostly all alike
+MARK_NBYTES = 4096
+NATIVE: Mapping[str, str] = {
+    "float8_e4m3fn": "comfy-fp8-e4m3fn",
+    "float8_e5m2": "comfy-fp8-e5m2",
+    "nvfp4": "comfy-nvfp4",
+    "mxfp8": "comfy-mxfp8",
+    "int8_tensorwise": "comfy-int8",
+    "convrot_w4a4": "comfy-w4a4-convrot",
+    "asym_w4a8_int8": "comfy-w4a8",
+}
+BNB_MARKS = {".quant_state.bitsandbytes__nf4": "bnb-nf4", ".quant_state.bitsandbytes__fp4": "bnb-fp4"}
+
+
+class ModelFiles:
+    """The model folders, listed and read once each."""
+
+    def __init__(self, host: StandaloneHost) -> None:
+        self.host = host
+        self._lists: dict[str, list[str]] = {}
+        self._formats: dict[Path, tuple[str, ...]] = {}
+        self._faults: dict[Path, str] = {}
+
+    def names(self, folder: str) -> list[str]:
+        if folder not in self._lists:
+            found = {n for part in FOLDERS.get(folder, (folder,)) for n in self.host.list_files(part)}
+            gguf_only = folder.endswith("_gguf") and folder != "clip_gguf"
+            self._lists[folder] = sorted(n for n in found if not gguf_only or n.lower().endswith(".gguf"))
+        return self._lists[folder]
+
+    def find(self, folder: str, name: str) -> Path | None:
+        """The path of a file; None where it is not there."""
+        for part in FOLDERS.get(folder, (folder,)):
+            try:
+                return self.host.resolve(part, name)
+            except (FileError, ValueError):  # ValueError: a null character in the name
+                continue
+        return None
+
+    def missing(self, folder: str, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """(message, remedies) for a file that is not there; None where it is."""
+        if self.find(folder, name) is not None:
+            return None
+        parts = " or ".join(FOLDERS.get(folder, (folder,)))
+        names = self.names(folder)
+        turned = name.replace("\\", "/")
+        if turned != name and self.find(folder, turned) is not None:
+            return (
+                f"{name!r} is written with Windows' separators; the file is {turned!r} here.",
+                (f"Write {turned!r}.",),
+            )
+        hint = near(name, names)
+        shown = (
+            f" There: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+            if names
+            else " No model file is there."
+        )
+        message = f"{name!r} is not in {parts}.{hint or shown}"
+        searched = ", ".join(str(m) for m in self.host.models)
+        return message, (f"Put the file there, or name the folder with --models (searched: {searched}).",)
+
+    def formats(self, path: Path) -> tuple[str, ...]:
+        """Ids of the quantized formats inside, from the header; empty for a plain or unreadable file."""
+        if path not in self._formats:
+            try:
+                read = gguf_formats if path.suffix.lower() == ".gguf" else safetensors_formats
+                self._formats[path] = tuple(read(path)) if path.suffix.lower() in SUFFIXES else ()
+            except (FileError, OSError) as err:
+                self._formats[path], self._faults[path] = (), str(err)
+        return self._formats[path]
+
+    def fault(self, path: Path) -> str:
+        """Why the header of a file cannot be read; empty where it can, and for files of other kinds."""
+        self.formats(path)
+        return self._faults.get(path, "")
+
+
+SUFFIXES = (".gguf", ".safetensors", ".sft")
+
+
+def gguf_formats(path: Path) -> list[str]:
+    """`gguf-q4-k`, ... for the types of the blocks in a GGUF file, the most frequent first.
+
+    Raises:
+        FileError: not GGUF, truncated or corrupt.
+    """
+    from collections import Counter
+
+    from ...quantizers.backends.gguf.types import PLAIN_TYPES, format_id
+    from ...quantizers.files.gguf_parts import read_gguf_parts
+
+    kinds = Counter(t.kind for part in read_gguf_parts(path) for t in part.header.tensors)
+    return [format_id(kind) for kind, _ in kinds.most_common() if kind not in PLAIN_TYPES]
+
+
+def safetensors_formats(path: Path) -> list[str]:
+    """ComfyUI's native formats and bitsandbytes' 4-bit ones in a safetensors file.
+
+    Raises:
+        FileError: not safetensors, truncated or corrupt.
+    """
+    from ...quantizers.files.safetensors_header import read_safetensors_header
+
+    header = read_safetensors_header(path)
+    metadata = header.get("__metadata__") or {}
+    found: dict[str, None] = {}
+    found.update(dict.fromkeys(_from_metadata(metadata.get("_quantization_metadata"))))
+    marks = [entry for name, entry in header.items() if name.endswith(".comfy_quant")]
+    found.update(dict.fromkeys(_from_marks(path, marks[:MOST_MARKS])))
+    for ending, format_id in BNB_MARKS.items():
+        if any(name.endswith(ending) for name in header):
+            found[format_id] = None
+    if any(name.endswith("scaled_fp8") for name in header):  # the form before `comfy_quant`; converted when loaded
+        found["comfy-fp8-e4m3fn"] = None
+    return list(found)
+
+
+def _from_metadata(text: object) -> Iterable[str]:
+    try:
+        layers: Any = json.loads(text).get("layers", {}) if isinstance(text, str) else {}
+        return [f for layer in layers.values() if (f := _native(layer))]
+    except (ValueError, RecursionError, AttributeError):
+        return []
+
+
+def _from_marks(path: Path, entries: list[Any]) -> Iterable[str]:
+    """The format that each `comfy_quant` tensor names: a JSON text of a few dozen bytes."""
+    found: list[str] = []
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for entry in entries:
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            try:
+                format_id = _native(json.loads(file.read(min(end - begin, MARK_NBYTES))))
+            except (ValueError, RecursionError):
+                continue
+            found += [format_id] if format_id else []
+    return found
+
+
+def _native(conf: object) -> str:
+    if not isinstance(conf, dict) or not isinstance(conf.get("format"), str):
+        return ""
+    format_id = NATIVE.get(conf["format"], "")
+    return "comfy-int8-convrot" if format_id == "comfy-int8" and conf.get("convrot") else format_id

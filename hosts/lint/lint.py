@@ -1,0 +1,161 @@
+"""One workflow file from its text to findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
+from ...quantizers.errors import QuantwireError
+from .. import use
+from ..standalone.host import StandaloneHost
+from ..standalone.workflow import parse_workflow, read_json
+from .catalog import Catalog, NodeType, core_nodes, foreign
+from .check import Checks, embedded, outputs
+from .editor import is_editor_form, read_editor
+from .files import ModelFiles
+from .flow import COMPAT, Flow
+from .graph import Finding, Graph, Level, from_prompt, shortened
+from .sources import Sources
+
+_ORDER = {level: position for position, level in enumerate(Level)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What files are checked against.
+
+    Attributes:
+        host: None: told from each file.
+        models: model folders; empty are the embedded host's.
+        find_models: False where the machine that checks has none.
+        known: patterns of node ids that are there, whoever brings them.
+        server: a server's node types.
+    """
+
+    offload: OffloadMode | None = None
+    host: HostName | None = None
+    models: tuple[Path, ...] = ()
+    find_models: bool = True
+    known: tuple[str, ...] = ()
+    server: Mapping[str, NodeType] | None = None
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """Findings of one file, in the order of its nodes.
+
+    Attributes:
+        form: "editor", "api", or empty for a file that is no workflow.
+        host: what it was checked for.
+    """
+
+    path: Path
+    findings: tuple[Finding, ...]
+    form: str = ""
+    host: HostName | None = None
+    nodes: int = 0
+
+
+@dataclass
+class Linter:
+    """Checks files one by one; lists of classes and model files are made once.
+
+    Args:
+        pack: the pack's node classes.
+    """
+
+    options: Options
+    pack: InitVar[Mapping[str, type]]
+    classes: dict[str, type] = field(init=False)
+    own: frozenset[str] = field(init=False)
+
+    def __post_init__(self, pack: Mapping[str, type]) -> None:
+        from ..standalone.core_nodes import CORE_NODES
+
+        self.own = frozenset(pack)
+        self.classes = {**CORE_NODES, **pack}
+        self._models = StandaloneHost(self.options.models)
+        self._files = ModelFiles(self._models)
+        with use(self._models):
+            self._catalog = Catalog(pack, CORE_NODES, self.options.server)
+            for name in self.classes:
+                self._catalog.find(name)
+
+    def check(self, path: Path, given: bool = True) -> FileReport:
+        """Never raises for what a file holds.
+
+        Args:
+            given: the user named this file; else it was found in a folder, where JSON of other kinds may lie.
+        """
+        try:
+            data = read_json(path)
+            if not given and not _may_be_workflow(data):
+                note = Finding(Level.NOTE, "no-workflow", None, "JSON of another kind than a workflow; left out.")
+                return FileReport(path, (note,))
+            with use(self._models):
+                return self._check(path, data)
+        except QuantwireError as err:
+            first, _, rest = str(err).removeprefix(f"{path}: ").partition("\n")
+            remedies = tuple(shortened(line, 300) for line in rest.splitlines()[:3])
+            return FileReport(path, (Finding(Level.ERROR, "unreadable", None, shortened(first, 600), remedies),))
+
+    def _check(self, path: Path, data: Any) -> FileReport:
+        graph = self._graph(data, str(path))
+        host = self.options.host or self.host_of(graph)
+        roots = outputs(graph, self._catalog)
+        live = graph.needed(roots) if roots else set(graph.nodes)
+        findings = [*graph.findings]
+        flow = Flow(graph, self._catalog, Sources(graph, self._files), host, self.options.offload, live)
+        findings += flow.run()
+        files = self._files if self.options.find_models else None
+        checks = Checks(graph, self._catalog, self.classes, self.own, host, self.options.known, files, live)
+        found = list(checks.run())
+        if host is HostName.STANDALONE:
+            missing = {
+                (f.place.node_id, str(f.data["input"]))
+                for f in found
+                if f.code == "missing-model" and f.place is not None
+            }
+            if not self.options.find_models:
+                missing |= {(n.id, i) for n in graph.nodes.values() for i in self._file_inputs(n.class_type)}
+            found += embedded(graph, str(path), self.classes, missing)
+        return FileReport(path, _sorted([*findings, *found], graph), graph.form, host, len(graph.nodes))
+
+    def _graph(self, data: Any, source: str) -> Graph:
+        return read_editor(data, self._catalog) if is_editor_form(data) else from_prompt(parse_workflow(data, source))
+
+    def _file_inputs(self, class_type: str) -> list[str]:
+        node_type = self._catalog.find(class_type)
+        return [i.name for i in node_type.inputs.values() if i.folder] if node_type else []
+
+    def host_of(self, graph: Graph) -> HostName:
+        """ComfyUI where only it has a mode or a node of the file; else the embedded host."""
+        if self.options.server is not None:
+            return HostName.COMFYUI
+        modes = {str(n.values.get("mode")) for n in graph.nodes.values() if n.class_type == COMPAT}
+        modes |= {self.options.offload.value} if self.options.offload else set()
+        only = set(HOST_MODES[HostName.COMFYUI]) - set(HOST_MODES[HostName.STANDALONE])
+        lacking = {n.class_type for n in graph.nodes.values()} - self.classes.keys()
+        elsewhere = any(name in core_nodes() or foreign(name) is not None for name in lacking)
+        packs = any(n.pack not in ("", "comfy-core") for n in graph.nodes.values() if n.class_type in lacking)
+        comfyui = elsewhere or packs or any(m.value in modes for m in only)
+        return HostName.COMFYUI if comfyui else HostName.STANDALONE
+
+
+def _may_be_workflow(data: Any) -> bool:
+    if not isinstance(data, dict):
+        return False
+    prompt = data.get("prompt") if isinstance(data.get("prompt"), dict) else data
+    return is_editor_form(data) or any(isinstance(v, dict) and "class_type" in v for v in prompt.values())
+
+
+def _sorted(findings: Sequence[Finding], graph: Graph) -> tuple[Finding, ...]:
+    rank = {node_id: position for position, node_id in enumerate(graph.nodes)}
+
+    def key(f: Finding) -> tuple[int, int]:
+        return (rank.get(f.place.node_id, -1) if f.place else -1, _ORDER[f.level])
+
+    return tuple(sorted(findings, key=key))

@@ -36,10 +36,7 @@ class CLIPTextEncode:
             raise WorkflowError(
                 "The input clip holds nothing: the node that it is linked to was given no text encoder."
             )
-        from .record import recorded
-
-        with recorded(clip):
-            context, pooled = clip.encode(text)
+        context, pooled = clip.encode(text)
         return ([(context, {"pooled_output": pooled})],)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,13 @@ from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 from ..base import missing, path_inside
 from ..modules import with_layers
+from ..objects import components_of
 from ..record import Recorder
+
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+    from ...quantizers.compat.remedies import Space
+    from ..offload import OffloadSettings
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 # ComfyUI's folder names, and the older names that it still searches.
@@ -65,13 +71,22 @@ class StandaloneHost:
 
         if isinstance(model, DiffusionModel):
             return {"transformer": model.transformer}
-        return {name: encoder.module for name, encoder in model.encoders.items()}
+        if hasattr(model, "encoders"):
+            return {name: encoder.module for name, encoder in model.encoders.items()}
+        if found := components_of(model):
+            return found
+        raise SpecError(
+            f"This node takes a model or text encoders, got {type(model).__name__}, in which no module with weights "
+            "was found."
+        )
 
     def with_layers(self, model: Any, layers: Mapping[str, Mapping[str, nn.Module]]) -> Any:
         from .models import DiffusionModel
 
         if isinstance(model, DiffusionModel):
             return model.with_transformer(with_layers(model.transformer, layers["transformer"]))
+        if not hasattr(model, "encoders"):
+            raise SpecError(f"Layers can be replaced in a model or text encoders, not in a {type(model).__name__}.")
         encoders = {
             name: dataclasses.replace(encoder, module=with_layers(encoder.module, layers.get(name, {})))
             for name, encoder in model.encoders.items()
@@ -138,8 +153,28 @@ class StandaloneHost:
     def output_path(self, name: str) -> Path:
         return path_inside(self.output, name)
 
-    def offload_mode(self, model: Any) -> OffloadMode:
-        return OffloadMode.NONE
+    def offload_now(self, model: Any) -> tuple[OffloadMode, str | None]:
+        from .guard import offload_now
+
+        return offload_now(model)
+
+    def offload_space(self, model: Any) -> Space | None:
+        return None  # nothing but `balanced` asks, which has a cap of its own
+
+    def guarded(self, model: Any, guard: Guard) -> Any:
+        from .guard import guarded
+
+        return guarded(model, guard)
+
+    def check_offload(self, mode: OffloadMode) -> None:
+        from ..offload import OffloadSettings
+
+        OffloadSettings(mode)
+
+    def set_offload(self, model: Any, settings: OffloadSettings) -> Any:
+        from .offload import set_offload
+
+        return set_offload(model, settings)
 
     def show_text(self, text: str) -> None:
         """The command line prints a node's text when the run is over."""

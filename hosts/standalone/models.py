@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ from ..modules import share_tree
 from ..record import Recorder
 from . import flux
 
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+    from ..offload import OffloadSettings
+
 FAMILY = "flux"  # `general.architecture` of the models that this host runs
 
 
@@ -40,6 +44,8 @@ class DiffusionModel:
         source: file name, for messages.
         dtype: in which it computes, whatever its weights are stored as.
         recorder: what is told of the inputs of its layers when it is sampled with.
+        guard: OffloadCompat's check, called before it is sampled with.
+        offload: how its weights are placed when it is sampled with; None leaves them where they are.
     """
 
     transformer: nn.Module
@@ -47,6 +53,8 @@ class DiffusionModel:
     source: str
     dtype: torch.dtype
     recorder: Recorder | None = None
+    guard: Guard | None = field(default=None, compare=False)
+    offload: OffloadSettings | None = None
 
     @property
     def shift_mu(self) -> float:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ...quantizers.errors import WorkflowError
 from . import flux
+from .guard import check_before
 from .models import DiffusionModel
+from .offload import running
 from .progress import progress
 from .record import recorded
 
@@ -70,7 +72,9 @@ def sample(
         (B, C, H, W) float32 raw VAE latent.
     Raises:
         WorkflowError: a latent or text encodings of a size that the model cannot take, or several conditionings.
+        OffloadConflict: the guard on the model found that it cannot run as it is now.
     """
+    check_before(model)
     _check_latent(model, latent)
     for conditioning in (positive,) if cfg == 1.0 else (positive, negative):
         _check_conditioning(model, conditioning)
@@ -79,9 +83,9 @@ def sample(
     start = (latent.float() - flux.LATENT_SHIFT) * flux.LATENT_SCALE if latent.any() else latent.float()
     x = levels[0] * noise + (1 - levels[0]) * start
     conditions = [positive[0]] if cfg == 1.0 else [positive[0], negative[0]]
-    with recorded(model), progress(steps, "sampling") as bar:
+    with running(model) as placed, recorded(placed), progress(steps, "sampling") as bar:
         for now, then in itertools.pairwise(levels):
-            v = [_velocity(model, x, now, c) for c in conditions]
+            v = [_velocity(placed, x, now, c) for c in conditions]
             x = x + (then - now) * (v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1]))
             bar.update(1)
     return x / flux.LATENT_SCALE + flux.LATENT_SHIFT

@@ -11,9 +11,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
 from ...quantizers.files.gguf_model import dequantized
 from ...quantizers.weight import QuantizedWeight
+from .guard import check_before
+from .offload import running
+from .record import recorded
+
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+    from ..offload import OffloadSettings
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +83,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """CLIP: one or two encoders by ComfyUI's names (`clip_l`, `t5xxl`)."""
+    """CLIP: one or two encoders by ComfyUI's names (`clip_l`, `t5xxl`).
+
+    Attributes:
+        guard: OffloadCompat's check, called before a prompt is encoded.
+        offload: how its weights are placed when it encodes; None leaves them where they are.
+    """
 
     encoders: Mapping[str, Encoder]
     source: str
+    guard: Guard | None = field(default=None, compare=False)
+    offload: OffloadSettings | None = None
 
     def encode(self, text: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt.
@@ -91,13 +105,19 @@ class TextEncoder:
         Raises:
             FileError: no CLIP-type encoder for the pooled output.
             SpecError: a tokenizer cannot express the text.
+            OffloadConflict: the guard on it found that it cannot run as it is now.
         """
+        check_before(self)
         if "clip_l" not in self.encoders:
             raise FileError(f"{self.source}: FLUX needs a CLIP-L encoder for its pooled vector; only T5 is loaded.")
         if _WEIGHTED.search(text):
             log.warning(
                 "Prompt weights, as in (word:1.2), and embeddings are taken as plain text by the embedded host."
             )
+        with running(self) as placed, recorded(placed):
+            return placed._encoded(text)
+
+    def _encoded(self, text: str) -> tuple[Tensor, Tensor]:
         clip = self.encoders["clip_l"]
         ids = clip.tokens(text)
         hidden: Tensor = clip.module(input_ids=ids).last_hidden_state

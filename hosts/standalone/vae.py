@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from ...quantizers.apply import check_finite
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import read_checkpoint
+from .guard import check_before
+from .offload import running
+
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+    from ..offload import OffloadSettings
 
 PREFIX = "taesd_decoder."
 UPSCALE = 8
@@ -27,20 +33,25 @@ class Vae:
     shift: float
     latent_channels: int
     source: str
+    guard: Guard | None = field(default=None, compare=False)
+    offload: OffloadSettings | None = None
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, H, W) raw latent -> (B, 8H, 8W, 3) float32 image in [0, 1].
 
         Raises:
             FileError: the latent has another number of channels.
+            OffloadConflict: the guard on it found that it cannot run as it is now.
         """
+        check_before(self)
         if latent.shape[1] != self.latent_channels:
             raise FileError(
                 f"{self.source}: decodes {self.latent_channels}-channel latents, got {latent.shape[1]} channels."
             )
         dtype = next(self.decoder.parameters()).dtype
         x = (latent.to(torch.float32) - self.shift) * self.scale
-        image: Tensor = self.decoder(x.to(dtype))  # in [-1, 1]
+        with running(self) as placed:
+            image: Tensor = placed.decoder(x.to(dtype))  # in [-1, 1]
         return ((image.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 

@@ -17,6 +17,9 @@ from .scratch import scratch
 PART_NUMEL = 1_500_000
 # Tokens up to which PyTorch's own int8 weight-only product beats expanding the weight (measured crossover: 40).
 FEW_TOKENS = 32
+# torch 2.13 on AVX-512: this product of int8 weights that begin elsewhere ends in a segmentation fault. Tensors mapped
+# from a safetensors file begin at multiples of 8.
+ALIGNMENT = 16
 
 
 def refusal(device: torch.device, shape: tuple[int, ...], tokens: int) -> str | None:
@@ -92,5 +95,7 @@ def few_tokens_refusal(device: torch.device, dtype: torch.dtype, k: int, tokens:
 
 def few_tokens(x: Tensor, qdata: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Weight-only product of a few (M, K) rows with int8 (N, K) weights on a CPU, scales (N,) rounded to x's dtype."""
+    if not torch.compiler.is_compiling() and qdata.data_ptr() % ALIGNMENT:
+        qdata = qdata.clone()
     out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), qdata, w_scale.to(x.dtype))
     return out if bias is None else out.add_(bias.to(x.dtype))

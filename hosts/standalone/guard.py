@@ -1,0 +1,45 @@
+"""OffloadCompat's guard on MODEL, CLIP and VAE of the embedded host: the check once more, right before they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ...quantizers.compat.installed import installed
+from ...quantizers.compat.modes import OffloadMode
+from ...quantizers.errors import SpecError
+from ..objects import components_of
+from . import offload
+
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+
+
+def guarded(model: Any, guard: Guard) -> Any:
+    """The same model object under a guard; one that it had is replaced, so that guards do not pile up.
+
+    Raises:
+        SpecError: no MODEL, CLIP or VAE of this host.
+    """
+    if not hasattr(model, "guard"):
+        raise SpecError(f"the embedded host does not run a {type(model).__name__} itself.")
+    return dataclasses.replace(model, guard=guard)
+
+
+def check_before(model: Any) -> None:
+    """For whatever runs a MODEL, CLIP or VAE, before it does.
+
+    Raises:
+        OffloadConflict: the guard on it found that it cannot run as it is now.
+    """
+    if model.guard is not None:
+        mode, variant = offload_now(model)
+        model.guard(offload.modules_of(model), mode, variant)
+
+
+def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
+    """What OffloadCompat set, or else what accelerate or diffusers was told to do with its modules, or none."""
+    if getattr(model, "offload", None) is not None:
+        return offload.offload_now(model)
+    modules = offload.modules_of(model) if hasattr(model, "guard") else components_of(model)
+    return installed(modules.values()) or (OffloadMode.NONE, "")

@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # a host that starts imports this for the pack's nodes
 
     from ..quantizers.auto import DeviceFacts
     from ..quantizers.choices import OnFailure
+    from ..quantizers.compat.guard import Guard
     from ..quantizers.compat.modes import Carrier, OffloadMode
+    from ..quantizers.compat.remedies import Space
     from ..quantizers.report import QuantReport
     from ..quantizers.spec import QuantSpec
     from ..quantizers.weight import QuantizedWeight
+    from .offload import OffloadSettings
     from .record import Recorder
 
 
@@ -126,8 +129,42 @@ class Host(Protocol):
         """
         ...
 
-    def offload_mode(self, model: Any) -> OffloadMode:
-        """What the host does now with this model object."""
+    def offload_now(self, model: Any) -> tuple[OffloadMode, str | None]:
+        """What the host does with this model object: the mode in force, and how it would be carried out now.
+
+        Returns:
+            The mode, and one of its `VARIANTS`; None where that cannot be told before the model is loaded.
+        """
+        ...
+
+    def offload_space(self, model: Any) -> Space | None:
+        """Bytes of a model object's weights and what the device has free for them, where the host decides by it."""
+        ...
+
+    def guarded(self, model: Any, guard: Guard) -> Any:
+        """A new model object whose modules are shown to the guard right before they run, with the mode of then.
+
+        A guard that the model object has is replaced.
+
+        Raises:
+            SpecError: no model object of this host.
+        """
+        ...
+
+    def check_offload(self, mode: OffloadMode) -> None:
+        """Whether `set_offload` can set a mode.
+
+        Raises:
+            SpecError: it cannot, with the way to it.
+        """
+        ...
+
+    def set_offload(self, model: Any, settings: OffloadSettings) -> Any:
+        """A new model object that runs with these offload settings.
+
+        Raises:
+            SpecError: the host cannot do this, with the way to it.
+        """
         ...
 
     def show_text(self, text: str) -> None:

@@ -1,69 +1,175 @@
-"""OffloadCompat: stop a graph whose quantized weights would break under the offload mode, before it samples."""
+"""OffloadCompat: stop a graph whose quantized weights would break under the offload mode, or set a mode."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..hosts import current
-from ..quantizers.compat.modes import OffloadMode, VerdictLevel
-from ..quantizers.compat.rules import Verdict, check, find_carriers, raise_on_block
-from .common import CATEGORY, with_report
+from ..quantizers.compat.modes import OffloadMode
+from ..quantizers.errors import SpecError
+from .common import CATEGORY, one_line, with_report
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ..hosts.offload import OffloadSettings
+
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class OffloadReport:
-    """What OffloadCompat found: verdicts by component."""
-
-    mode: OffloadMode
-    verdicts: dict[str, list[Verdict]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"mode": self.mode.value, "verdicts": {c: [v.to_dict() for v in vs] for c, vs in self.verdicts.items()}}
-
-    def __str__(self) -> str:
-        lines = [f"{c}: {v.level.value}: {v.headline}" for c, vs in self.verdicts.items() for v in vs]
-        return "\n".join(lines) or f"No quantized layers; offload mode {self.mode.value} is safe."
+MODES = (AUTO, *(m.value for m in OffloadMode))
 
 
 class OffloadCompat:
     DESCRIPTION = (
         "Checks whether the quantized weights of a model can run with an offload mode, and stops the graph before "
-        "sampling when they cannot, with the reason and ways out."
+        "sampling when they cannot, with the reason and ways out. What leaves the node is checked once more right "
+        "before it runs, if it or the host's memory mode was changed. Without ComfyUI it can also set the mode."
     )
     CATEGORY = CATEGORY
-    RETURN_TYPES = ("MODEL", "REPORT", "CLIP")
-    RETURN_NAMES = ("model", "report", "clip")
-    OUTPUT_TOOLTIPS = ("The model, unchanged.", "The verdicts.", "The text encoders, unchanged.")
+    RETURN_TYPES = ("MODEL", "REPORT", "CLIP", "VAE", "*")
+    RETURN_NAMES = ("model", "report", "clip", "vae", "pipeline")
+    OUTPUT_TOOLTIPS = (
+        "The model, with the guard on it.",
+        "The verdicts, with causes, evidence and ways out.",
+        "The text encoders, with the guard on them.",
+        "The VAE, with the guard on it.",
+        "The other object; with the guard on it where it is a model object of the host.",
+    )
     FUNCTION = "check"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        mode = "How weights will be offloaded while the graph runs. auto: what the host does now."
+        mode = (
+            "How weights will be offloaded while the graph runs. auto: what the host does now. none, model, "
+            "sequential, balanced and group are modes of diffusers and `quantwire run`; none, partial, novram and "
+            "dynamic are modes of ComfyUI."
+        )
         action = "block: stop on a conflict. warn: log it and go on. report: only tell in the report."
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to check."}),
-                "mode": ([AUTO, *(m.value for m in OffloadMode)], {"default": AUTO, "tooltip": mode}),
+                "mode": (list(MODES), {"default": AUTO, "tooltip": mode}),
                 "action": (["block", "warn", "report"], {"default": "block", "tooltip": action}),
             },
-            "optional": {"clip": ("CLIP", {"tooltip": "Text encoders to check too."})},
+            "optional": {**_objects(), **_settings()},
         }
 
-    def check(self, model: Any, mode: str, action: str, clip: Any = None) -> dict[str, Any]:
-        host = current()
-        chosen = host.offload_mode(model) if mode == AUTO else OffloadMode(mode)
-        components = {**host.components(model), **(host.components(clip) if clip is not None else {})}
-        verdicts = {name: check(find_carriers(module), chosen) for name, module in components.items()}
-        for name, found in verdicts.items():
-            if action == "block":
-                raise_on_block(found, name)
-            for verdict in found:
-                if action != "report" and verdict.level is not VerdictLevel.OK:
-                    log.warning("%s: %s", name, verdict.headline)
-        report = OffloadReport(chosen, {name: found for name, found in verdicts.items() if found})
-        return with_report(report, model, report, clip)
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        mode: str | None = None,
+        set_mode: bool | None = None,
+        group_level: str | None = None,
+        blocks_per_group: int | None = None,
+        use_stream: bool | None = None,
+        keep_on: str | None = None,
+        device_gib: float | None = None,
+        low_watermark: float | None = None,
+        high_watermark: float | None = None,
+    ) -> bool | str:
+        """None is a link, or not given."""
+        settings = {
+            "group_level": group_level,
+            "blocks_per_group": blocks_per_group,
+            "use_stream": use_stream,
+            "keep_on": keep_on,
+            "device_gib": device_gib,
+            "low_watermark": low_watermark,
+            "high_watermark": high_watermark,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        choices = {"mode": MODES, **{n: spec[0] for n, spec in _settings().items() if isinstance(spec[0], list)}}
+        for name, value in {"mode": mode, **given}.items():
+            if name in choices and value is not None and value not in choices[name]:
+                return f"{name} {value!r} is not among its choices: {', '.join(choices[name])}."
+        if set_mode and mode is not None:
+            try:
+                _wanted(mode, given)
+            except SpecError as err:
+                return one_line(err)
+        return True
+
+    def check(
+        self,
+        mode: str,
+        action: str,
+        model: Any = None,
+        clip: Any = None,
+        vae: Any = None,
+        pipeline: Any = None,
+        set_mode: bool = False,
+        group_level: str = "block",
+        blocks_per_group: int = 1,
+        use_stream: bool = False,
+        keep_on: str = "memory",
+        device_gib: float = 0.0,
+        low_watermark: float = 0.2,
+        high_watermark: float = 0.6,
+    ) -> dict[str, Any]:
+        from .offload_check import run
+
+        settings = {
+            "group_level": group_level,
+            "blocks_per_group": blocks_per_group,
+            "use_stream": use_stream,
+            "keep_on": keep_on,
+            "device_gib": device_gib,
+            "low_watermark": low_watermark,
+            "high_watermark": high_watermark,
+        }
+        objects = {"model": model, "clip": clip, "vae": vae, "pipeline": pipeline}
+        wanted = _wanted(mode, settings) if set_mode else None
+        given = {name: obj for name, obj in objects.items() if obj is not None}
+        out, report = run(given, None if mode == AUTO else OffloadMode(mode), action, settings, wanted)
+        return with_report(report, out.get("model"), report, out.get("clip"), out.get("vae"), out.get("pipeline"))
+
+
+def _objects() -> dict[str, Any]:
+    other = (
+        "Any other object that holds models: a ControlNet, a pipeline or a wrapper of another pack. Its modules are "
+        "looked for inside; the report says what was found."
+    )
+    return {
+        "model": ("MODEL", {"tooltip": "The model to check."}),
+        "clip": ("CLIP", {"tooltip": "Text encoders to check too."}),
+        "vae": ("VAE", {"tooltip": "A VAE to check too."}),
+        "pipeline": ("*", {"tooltip": other}),
+    }
+
+
+def _settings() -> dict[str, Any]:
+    """Names and defaults are those of `OffloadSettings`."""
+    set_mode = (
+        "Run what leaves this node in the chosen mode, instead of only checking it. Without ComfyUI only: ComfyUI "
+        "chooses its mode when it starts."
+    )
+    level = "group: what moves at a time. block: blocks of the model. leaf: single layers."
+    blocks = "group by block: how many blocks move together."
+    stream = "group: copy the next part while the device computes; takes a GPU."
+    keep = "sequential, balanced and group: where weights wait that are not on the device."
+    gib = "balanced: GiB of the device to use. 0: what is free."
+    low = "balanced: share of the device above which components that are not in use are moved out."
+    high = "balanced: the largest share that one component may take; a larger one is split."
+    share = {"min": 0.0, "max": 1.0, "step": 0.05}
+    return {
+        "set_mode": ("BOOLEAN", {"default": False, "tooltip": set_mode}),
+        "group_level": (["block", "leaf"], {"default": "block", "tooltip": level}),
+        "blocks_per_group": ("INT", {"default": 1, "min": 1, "max": 1000, "tooltip": blocks}),
+        "use_stream": ("BOOLEAN", {"default": False, "tooltip": stream}),
+        "keep_on": (["memory", "disk"], {"default": "memory", "tooltip": keep}),
+        "device_gib": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 4096.0, "step": 0.5, "tooltip": gib}),
+        "low_watermark": ("FLOAT", {"default": 0.2, **share, "tooltip": low}),
+        "high_watermark": ("FLOAT", {"default": 0.6, **share, "tooltip": high}),
+    }
+
+
+def _wanted(mode: str, settings: dict[str, Any]) -> OffloadSettings:
+    """The settings to run with.
+
+    Raises:
+        SpecError: no mode was chosen, one that the host cannot set, or a setting that the mode does not have.
+    """
+    from ..hosts.offload import OffloadSettings
+
+    if mode == AUTO:
+        raise SpecError(
+            "set_mode is on and mode is auto, which names no mode to set.\nChoose one, or turn set_mode off."
+        )
+    current().check_offload(OffloadMode(mode))
+    return OffloadSettings(OffloadMode(mode), **settings)

@@ -87,7 +87,7 @@ def quantize(carrier: str, format_id: str) -> Node:
 
 
 def compat(mode: str) -> Node:
-    return Node("OffloadCompat", {"model": ("2", 0), "mode": mode, "action": "block"}, "Offload check", 2, -2)
+    return Node("OffloadCompat", {"model": ("2", 0), "mode": mode, "action": "block"}, "Offload check", 2, -8)
 
 
 def report(source: str) -> dict[str, Node]:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,15 @@ from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 from ..base import missing, path_inside
+from ..objects import components_of
 from ..record import Recorder
 from . import patchers
 from .linear import make_linear
+
+if TYPE_CHECKING:
+    from ...quantizers.compat.guard import Guard
+    from ...quantizers.compat.remedies import Space
+    from ..offload import OffloadSettings
 
 # Folder names under which other packs list GGUF files; read when they exist, never created.
 GGUF_FOLDERS = {"diffusion_models": ("unet_gguf",), "text_encoders": ("clip_gguf",)}
@@ -58,8 +64,11 @@ class ComfyHost:
             return {"control_model": patchers.unpatched(model.control_model_wrapped).model}
         if hasattr(model, "model") and hasattr(model.model, "diffusion_model"):
             return {"diffusion_model": patchers.unpatched(model).model.diffusion_model}
+        if found := components_of(model):
+            return found
         raise SpecError(
-            f"This node takes a model, text encoders or a ControlNet of ComfyUI, got {type(model).__name__}."
+            f"This node takes a model, text encoders or a ControlNet of ComfyUI, got {type(model).__name__}, in which "
+            "no module with weights was found."
         )
 
     def with_layers(self, model: Any, layers: Mapping[str, Mapping[str, nn.Module]]) -> Any:
@@ -74,6 +83,11 @@ class ComfyHost:
             clone.patcher = patchers.replace_layers(model.patcher, flat)
             clone.cond_stage_model = clone.patcher.model
             return clone
+        if not hasattr(getattr(model, "model", None), "diffusion_model"):
+            raise SpecError(
+                f"Layers can be replaced in a model, text encoders or a ControlNet of ComfyUI, not in a "
+                f"{type(model).__name__} of another pack.\nQuantize it with the nodes of that pack."
+            )
         return patchers.replace_layers(model, flat)
 
     def make_layer(
@@ -128,10 +142,32 @@ class ComfyHost:
 
         return path_inside(Path(folder_paths.get_output_directory()), name)
 
-    def offload_mode(self, model: Any) -> OffloadMode:
-        from .memory import memory_state
+    def offload_now(self, model: Any) -> tuple[OffloadMode, str | None]:
+        from .memory import forecast, memory_state
 
-        return memory_state(_patcher(model)).mode
+        patcher = _patcher(model)
+        if not hasattr(patcher, "load_device"):  # another pack's object: what the host does with models in general
+            return memory_state().mode, None
+        return forecast(patcher)
+
+    def offload_space(self, model: Any) -> Space | None:
+        from .memory import space_for
+
+        patcher = _patcher(model)
+        return space_for(patcher) if hasattr(patcher, "load_device") else None
+
+    def guarded(self, model: Any, guard: Guard) -> Any:
+        from .guard import guarded
+
+        return guarded(model, guard)
+
+    def check_offload(self, mode: OffloadMode) -> None:
+        from .memory import how_to_set
+
+        raise SpecError(how_to_set(mode))
+
+    def set_offload(self, model: Any, settings: OffloadSettings) -> Any:
+        return self.check_offload(settings.mode)
 
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         import comfy.model_management

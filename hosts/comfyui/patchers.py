@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..modules import with_layers
+from .errors import explain_sampling
 from .linear import attach_exact_patches, twin
 
 # What a patcher keeps on the model object about its own state; the copy starts without.
@@ -63,6 +64,8 @@ def replace_layers(patcher: Any, layers: Mapping[str, nn.Module]) -> Any:
         clone.cached_patcher_init = (remake, (patcher.cached_patcher_init, dict(layers)))
     clone.remove_callbacks_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY)
     clone.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, attach_exact_patches)
+    if not all(hasattr(layer, "adopt") for layer in layers.values()):  # layers of libraries are among them
+        explain_sampling(clone)
     return clone
 
 

@@ -30,9 +30,9 @@ the libraries themselves and other tools make (bitsandbytes' `Params4bit`, quant
 
 **{probed} of {total} cells are measured.** `quantwire compat --probe` runs the real libraries in each of them, and the
 build fails where a measured outcome and a verdict disagree. *ok* is: twice the output of the same module without
-offload, bit by bit. *block* is: the library raises, or leaves a part of a weight on the other device. *warn* is: it runs
-in some cases, or saves no memory; the tables below say which. Cells that were not measured are marked: ° is read in
-documentation or source, ᵍ needs a GPU, ? is not known.
+offload, bit by bit. *block* is: the library raises, or leaves a part of a weight on the other device. *warn* is: it
+runs in some cases, or saves no memory; the tables below say which. Cells that were not measured are marked: ° is read
+in documentation or source, ᵍ needs a GPU, ? is not known.
 
 Measured with {versions} ({machine}).
 """
@@ -47,7 +47,8 @@ HOSTS = {
         "stream.\n\n"
         'A machine without an accelerator stands in for one: accelerate takes `torch.device("cpu")` for a compute '
         'device and keeps what is mapped to `"cpu"` or `"disk"` away from it, so weights really leave and come '
-        "back. In model mode and in group's block and leaf the move is from the CPU to the CPU there.",
+        "back. In model mode the move is from the CPU to the CPU there. Group offloading's own "
+        "transfer is run once with a copy as what was moved, and a part that does not follow is a block.",
     ),
     HostName.COMFYUI: (
         "ComfyUI",

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from quantwire.hosts.offload import OffloadSettings
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.progress import Listener
 from quantwire.hosts.standalone.workflow import PromptNode
 from quantwire.nodes.offload import AUTO, OffloadCompat
-from quantwire.quantizers.compat.matrix import ROWS, find_row
-from quantwire.quantizers.compat.modes import Carrier, OffloadMode, VerdictLevel
-from quantwire.quantizers.errors import OffloadConflict
-from quantwire.quantizers.registry import available_formats
+from quantwire.quantizers.apply import make_layer
+from quantwire.quantizers.compat.matrix import answer
+from quantwire.quantizers.compat.modes import HOST_MODES, Carrier, HostName, OffloadMode, VerdictLevel
+from quantwire.quantizers.errors import OffloadConflict, SpecError, WorkflowError
+from quantwire.quantizers.registry import available_formats, get_quantizer
+from quantwire.quantizers.spec import QuantSpec
 
-MODES = (OffloadMode.NONE, OffloadMode.MODEL, OffloadMode.SEQUENTIAL, OffloadMode.BALANCED)
+MODES = HOST_MODES[HostName.STANDALONE]
+# What the widgets of the node say when nobody touches them.
+BY_DEFAULT = {OffloadMode.SEQUENTIAL: "memory", OffloadMode.BALANCED: "split", OffloadMode.GROUP: "block"}
 
 
 def level(carrier: Carrier, format_id: str, mode: OffloadMode) -> VerdictLevel:
-    row = find_row(carrier, format_id, mode)
-    assert row is not None
-    return row.verdict
+    return answer(carrier, format_id, mode, host=HostName.STANDALONE, variant=BY_DEFAULT.get(mode, "")).level
 
 
 # Backends with a layer of their own, or one that the host makes (diffusers' of GGUF).
@@ -51,11 +57,11 @@ class Started(Listener):
 
 @pytest.fixture
 def checked(sampled: Any, make_node: Any) -> Any:
-    def build(format_id: str, carrier: str, mode: str, action: str = "block") -> dict[str, Any]:
+    def build(format_id: str, carrier: str, mode: str, action: str = "block", **settings: Any) -> dict[str, Any]:
         return sampled(
             "check",
             q=make_node("QuantizeModel", model=["model", 0], format=format_id, carrier=carrier),
-            check=make_node("OffloadCompat", model=["q", 0], mode=mode, action=action),
+            check=make_node("OffloadCompat", model=["q", 0], mode=mode, action=action, **settings),
         )
 
     return build
@@ -65,7 +71,7 @@ def test_the_table_has_conflicts_for_every_library() -> None:
     # Layers of sdnq run in every mode, torchao's stop only where a part is on disk.
     assert {f.partition("-")[0] for f, _, _ in CONFLICTS} == {"bnb", "quanto", "gguf"}
     assert all(c is Carrier.LIBRARY for _, c, _ in CONFLICTS)
-    assert any(r.verdict is VerdictLevel.BLOCK for r in ROWS)
+    assert {m for _, _, m in CONFLICTS} == {OffloadMode.SEQUENTIAL, OffloadMode.BALANCED, OffloadMode.GROUP}
 
 
 @pytest.mark.parametrize(("format_id", "carrier", "mode"), CONFLICTS, ids=lambda v: getattr(v, "value", v))
@@ -76,9 +82,11 @@ def test_conflict_blocks_before_sampling(
     with pytest.raises(OffloadConflict) as caught:
         executor.run(checked(format_id, carrier.value, mode.value))
     first, *rest = str(caught.value).splitlines()
-    assert format_id in first
+    assert first.startswith(f"transformer: {format_id} (")
     assert f"cannot run with {mode.value} offload" in first
-    assert any("Ways out" in line for line in rest)
+    ways = rest[rest.index("Ways out:") + 1 :]
+    assert 2 <= len(ways) <= 3
+    assert "carrier" in ways[0]
     assert "KSampler" not in started.kinds
 
 
@@ -103,15 +111,21 @@ def test_other_actions_let_the_graph_run(
 
 
 def test_unknown_is_a_warning_and_no_block(executor: Executor, checked: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert find_row(Carrier.LIBRARY, "bnb-nf4", OffloadMode.GROUP) is None
+    known = answer(Carrier.LIBRARY, "bnb-nf4", OffloadMode.GROUP, host=HostName.STANDALONE, variant="block-stream")
+    assert known.level is VerdictLevel.UNKNOWN
     with caplog.at_level(logging.WARNING):
-        executor.run(checked("bnb-nf4", "library", "group"))
+        executor.run(checked("bnb-nf4", "library", "group", use_stream=True))
     assert any("is not known to run" in r.message for r in caplog.records)
 
 
-def test_auto_is_what_the_host_does(executor: Executor, checked: Any, host: Any) -> None:
-    result = executor.run(checked("bnb-nf4", "library", AUTO))
-    assert result.outputs["check"]["report"][0]["mode"] == host.offload_mode(None).value == "none"
+def test_auto_is_what_the_host_does(executor: Executor, checked: Any, host: Any, make_node: Any) -> None:
+    graph = checked("bnb-nf4", "library", AUTO)
+    graph["through"] = make_node("Keep", value=["check", 0])
+    result = executor.run(graph)
+    (model,) = result.results["through"]
+    assert host.offload_now(model) == (OffloadMode.NONE, "")
+    report = result.outputs["check"]["report"][0]
+    assert (report["mode"], report["now"]) == ("none", {"transformer": {"mode": "none", "variant": ""}})
 
 
 def test_full_precision_is_safe(executor: Executor, sampled: Any, make_node: Any) -> None:
@@ -130,7 +144,9 @@ def test_text_encoders_are_checked_too(executor: Executor, sampled: Any, make_no
     graph["through"] = make_node("Keep", value=["check", 2])
     graph["given"] = make_node("Keep", value=["q", 0])
     result = executor.run(graph)
-    assert result.results["through"][0] is result.results["given"][0]
+    through, given = result.results["through"][0], result.results["given"][0]
+    assert through.encoders is given.encoders
+    assert (given.guard, through.guard.action.value) == (None, "block")
 
 
 def test_text_encoder_output_without_input_is_named(executor: Executor, sampled: Any, make_node: Any) -> None:
@@ -142,3 +158,148 @@ def test_text_encoder_output_without_input_is_named(executor: Executor, sampled:
 
 def test_modes_offered_are_those_of_the_table() -> None:
     assert OffloadCompat.INPUT_TYPES()["required"]["mode"][0] == [AUTO, *(m.value for m in OffloadMode)]
+
+
+def test_the_interface_of_the_first_release_is_a_part_of_this_one() -> None:
+    """Old workflows hold widget values by position and links by the numbers of outputs."""
+    types = OffloadCompat.INPUT_TYPES()
+    inputs = {**types["required"], **types["optional"]}
+    widgets = [n for n, spec in inputs.items() if isinstance(spec[0], list) or spec[0] in ("BOOLEAN", "INT", "FLOAT")]
+    assert widgets[:2] == ["mode", "action"]
+    assert OffloadCompat.RETURN_TYPES[:3] == ("MODEL", "REPORT", "CLIP")
+    assert OffloadCompat.RETURN_NAMES[:3] == ("model", "report", "clip")
+    assert {"model", "clip"} <= set(inputs)
+
+
+def test_settings_are_those_of_offload_settings() -> None:
+    fields = {f.name: f.default for f in dataclasses.fields(OffloadSettings) if f.name != "mode"}
+    optional = OffloadCompat.INPUT_TYPES()["optional"]
+    assert {name: optional[name][1]["default"] for name in fields} == fields
+
+
+def test_nothing_linked_is_a_named_error(executor: Executor, host: Any, make_node: Any) -> None:
+    graph = {"check": make_node("OffloadCompat", mode="auto", action="block")}
+    graph["out"] = make_node("Keep", value=["check", 1])
+    with pytest.raises(SpecError, match=r"^OffloadCompat has nothing to check"):
+        executor.run(graph)
+
+
+def test_a_mode_of_the_other_host_is_an_error_that_names_those_of_this_one(executor: Executor, checked: Any) -> None:
+    with pytest.raises(SpecError, match="no offload mode dynamic; it has none, model, sequential, balanced, group"):
+        executor.run(checked("bnb-nf4", "quantwire", "dynamic"))
+
+
+def test_a_conflict_in_a_mode_of_the_other_host_is_told_first(executor: Executor, checked: Any) -> None:
+    with pytest.raises(OffloadConflict) as caught:
+        executor.run(checked("bnb-nf4", "library", "novram"))
+    first, second, *_ = str(caught.value).splitlines()
+    assert first.startswith("transformer: bnb-nf4 (")
+    assert "cannot run with novram offload" in first
+    assert second.startswith("The embedded host has no offload mode novram; it has none, model")
+
+
+def test_a_report_may_be_about_the_other_host(executor: Executor, checked: Any) -> None:
+    result = executor.run(checked("bnb-nf4", "library", "novram", "report"))
+    report = result.outputs["check"]["report"][0]
+    (verdict,) = report["verdicts"]["transformer"]
+    assert (report["host"], verdict["host"], verdict["mode"]) == ("comfyui", "comfyui", "novram")
+    wanted = answer(Carrier.LIBRARY, "bnb-nf4", OffloadMode.NOVRAM, host=HostName.COMFYUI, variant="")
+    assert verdict["level"] == wanted.level.value
+    assert result.results["latent"]
+
+
+def test_settings_tell_the_variant_that_is_checked(executor: Executor, checked: Any) -> None:
+    assert executor.run(checked("torchao-int8wo", "library", "sequential")).results["latent"]
+    with pytest.raises(OffloadConflict, match=r"cannot run with sequential offload \(disk\)") as caught:
+        executor.run(checked("torchao-int8wo", "library", "sequential", keep_on="disk"))
+    assert "Set `keep_on` to memory" in str(caught.value)
+
+
+def test_the_report_has_causes_evidence_and_changes(executor: Executor, checked: Any) -> None:
+    result = executor.run(checked("bnb-nf4", "library", "sequential", "report"))
+    (verdict,) = result.outputs["check"]["report"][0]["verdicts"]["transformer"]
+    assert verdict["cause"]
+    assert verdict["kind"] == "Params4bit"
+    assert verdict["changes"][0]["kind"] == "carrier"
+    assert [c["text"] for c in verdict["changes"]] == verdict["remedies"]
+    text = result.outputs["check"]["text"][0]
+    assert all(remedy in text for remedy in verdict["remedies"])
+
+
+def test_set_mode_runs_in_that_mode(executor: Executor, checked: Any, host: Any, make_node: Any) -> None:
+    plain = executor.run(checked("bnb-nf4", "quantwire", AUTO)).results["latent"][0]["samples"]
+    graph = checked("bnb-nf4", "quantwire", "sequential", set_mode=True)
+    graph |= {"through": make_node("Keep", value=["check", 0]), "given": make_node("Keep", value=["q", 0])}
+    result = executor.run(graph)
+    report = result.outputs["check"]["report"][0]
+    assert report["set"].startswith("sequential")
+    assert report["now"] == {"transformer": {"mode": "sequential", "variant": "memory"}}
+    assert [v["level"] for v in report["verdicts"]["transformer"]] == ["ok"]
+    assert host.offload_now(result.results["through"][0]) == (OffloadMode.SEQUENTIAL, "memory")
+    assert host.offload_now(result.results["given"][0]) == (OffloadMode.NONE, "")
+    assert torch.equal(result.results["latent"][0]["samples"], plain)
+
+
+def test_set_mode_is_refused_where_the_layers_would_break(executor: Executor, checked: Any) -> None:
+    with pytest.raises(OffloadConflict, match=r"^transformer: bnb-nf4"):
+        executor.run(checked("bnb-nf4", "library", "sequential", set_mode=True))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"mode": "auto", "set_mode": True}, "names no mode"),
+        ({"mode": "partial", "set_mode": True}, "no offload mode 'partial'"),
+        ({"mode": "model", "set_mode": True, "keep_on": "disk"}, "keep_on disk has no meaning"),
+        ({"mode": "group", "set_mode": True, "use_stream": True, "keep_on": "disk"}, "use_stream copies from memory"),
+        ({"mode": "fast"}, "mode 'fast' is not among its choices"),
+        ({"mode": "group", "group_level": "row"}, "group_level 'row' is not among its choices"),
+        ({"mode": "balanced", "set_mode": True, "low_watermark": 0.9}, "above high_watermark"),
+    ],
+    ids=lambda v: v.get("mode") if isinstance(v, dict) else "",
+)
+def test_wrong_inputs_are_told_before_anything_is_loaded(
+    executor: Executor, checked: Any, inputs: dict[str, Any], said: str
+) -> None:
+    graph = checked("bnb-nf4", "quantwire", "none")
+    graph["check"]["inputs"] |= inputs
+    executor._listener = started = Started()
+    with pytest.raises(WorkflowError) as caught:
+        executor.run(graph)
+    assert said in str(caught.value)
+    assert started.kinds == []
+
+
+def test_a_vae_and_another_object_pass_through_checked(executor: Executor, sampled: Any, make_node: Any) -> None:
+    check = {"vae": ["vae", 0], "pipeline": ["model", 0], "mode": "auto", "action": "block"}
+    graph = sampled("check", check=make_node("OffloadCompat", **check))
+    graph["sampler"]["inputs"]["model"] = ["check", 4]
+    graph["decoded"]["inputs"]["vae"] = ["check", 3]
+    graph |= {"vae_out": make_node("Keep", value=["check", 3]), "other_out": make_node("Keep", value=["check", 4])}
+    result = executor.run(graph)
+    report = result.outputs["check"]["report"][0]
+    assert set(report["now"]) == {"decoder", "transformer"}
+    assert report["notes"] == []
+    assert result.results["vae_out"][0].guard is result.results["other_out"][0].guard is not None
+    assert result.results["image"]
+
+
+def test_layers_in_an_object_of_another_pack_are_found(host: Any) -> None:
+    layer = make_layer(quantize_weight("bnb-nf4"), None, Carrier.LIBRARY)
+    holder = SimpleNamespace(transformer=torch.nn.Sequential(layer))
+    with pytest.raises(OffloadConflict, match=r"^transformer: bnb-nf4"):
+        OffloadCompat().check("sequential", "block", pipeline=holder)
+    result = OffloadCompat().check("model", "block", pipeline=holder)["result"]
+    assert result[4] is holder
+    assert "not again before it runs" in result[1].notes[0]
+
+
+def test_an_object_without_modules_is_not_called_safe(host: Any) -> None:
+    result = OffloadCompat().check("sequential", "block", pipeline=SimpleNamespace(name="nothing"))["result"]
+    (note,) = result[1].notes
+    assert note == "pipeline: no module was found in a types.SimpleNamespace, so nothing in it was checked."
+    assert "safe" not in str(result[1])
+
+
+def quantize_weight(format_id: str) -> Any:
+    return get_quantizer(format_id).quantize(torch.randn(64, 64), QuantSpec(format_id))

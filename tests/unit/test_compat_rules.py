@@ -136,7 +136,7 @@ def test_message_first_line_stands_alone_and_ways_out_follow(host: HostName) -> 
         entry = found_for(row)
         first, *lines = message([entry], row.mode, host=host, variant=row.variant).splitlines()
         held = "ComfyUI" if row.carrier is Carrier.HOST else row.carrier.value
-        kind = f" of {entry.kind}" if entry.kind else ""
+        kind = " of ComfyUI-GGUF's GGMLTensor" if entry.kind else ""
         how = f"with {row.mode.value} offload" + (f" ({row.variant})" if row.variant else "")
         frozen = "" if entry.frozen else ", not frozen"
         wanted = f"transformer: {entry.format_id} (20 {held} layers{kind}{frozen}) cannot run {how}: {row.cause}."

@@ -11,16 +11,17 @@ import json
 _BEFORE = []
 
 
-def set_state(state):
+def set_state(state, reserve_gib=0):
     import comfy.model_management as mm
 
     if not _BEFORE:
-        _BEFORE.extend((mm.vram_state, mm.is_device_cpu))
+        _BEFORE.extend((mm.vram_state, mm.is_device_cpu, mm.EXTRA_RESERVED_VRAM))
     mm.unload_all_models()
     if state == "restore":
-        mm.vram_state, mm.is_device_cpu = _BEFORE
+        mm.vram_state, mm.is_device_cpu, mm.EXTRA_RESERVED_VRAM = _BEFORE
         return
     mm.vram_state, mm.is_device_cpu = mm.VRAMState[state], lambda device: False
+    mm.EXTRA_RESERVED_VRAM = _BEFORE[2] + (reserve_gib << 30)  # as --reserve-vram
 
 
 class ProbeVram:
@@ -34,14 +35,15 @@ class ProbeVram:
     @classmethod
     def INPUT_TYPES(cls):
         states = (["NO_VRAM", "NORMAL_VRAM", "HIGH_VRAM", "restore"],)
-        return {"required": {"state": states}, "optional": {"model": ("MODEL",)}}
+        reserve = ("INT", {"default": 0, "max": 1 << 20})
+        return {"required": {"state": states}, "optional": {"model": ("MODEL",), "reserve_gib": reserve}}
 
     @classmethod
-    def IS_CHANGED(cls, state, model=None):
+    def IS_CHANGED(cls, state, model=None, reserve_gib=0):
         return float("nan")
 
-    def set(self, state, model=None):
-        set_state(state)
+    def set(self, state, model=None, reserve_gib=0):
+        set_state(state, reserve_gib)
         return (model,)
 
 

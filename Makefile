@@ -45,9 +45,10 @@ gguf: $(VENV)/.ready
 	$(BIN)/python benchmarks/gguf_sizes.py
 	$(BIN)/python benchmarks/gguf_types.py
 
-# The help pages of the nodes, from what quantizers/formats declares.
+# The help pages of the nodes, from what quantizers/formats declares, and docs/compatibility.md from quantizers/compat.
 pages: $(VENV)/.ready
 	$(BIN)/python -m quantwire.quantizers.help --write
+	$(BIN)/python -m quantwire.quantizers.compat.page --write
 
 # torch goes in first and pinned, the CPU build where one is offered; the constraints then hold it, so that no other
 # package can bring a CUDA build.

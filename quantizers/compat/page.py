@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .comfyui_rules import LAUNCH_FLAGS
 from .matrix import measured, rows
 from .modes import HOST_MODES, VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
+from .raw_errors import SIGNATURES
 from .row import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -58,6 +60,14 @@ HOSTS = {
 }
 
 
+FLAGS = """What an option of ComfyUI 0.33 makes of its memory mode. Dynamic VRAM is there on NVIDIA GPUs, and on AMD's from
+ROCm 7.14, with PyTorch 2.8 and comfy-aimdo."""
+
+ERRORS = """What the libraries say when nobody checked before. Under this pack's nodes such an error is raised again with
+its cause and ways out, the original behind it; it is told by its type and the place that it comes from first, by its
+text second."""
+
+
 def text() -> str:
     """The whole page."""
     table = rows()
@@ -66,6 +76,7 @@ def text() -> str:
     for host, (title, about) in HOSTS.items():
         own = [row for row in table if row.host is host]
         parts += [f"## {title}", about, _grid(own, host), f"### What stops, and why: {title}", _reasons(own)]
+    parts += ["## ComfyUI's memory modes", FLAGS, _flags(), "## Raw errors", ERRORS, _errors()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -123,6 +134,45 @@ def _reasons(own: Sequence[Row]) -> str:
         for (carrier, cause, error, note), found in groups.items()
     ]
     return _table(head, body)
+
+
+def _flags() -> str:
+    head = ["option", "with dynamic VRAM", "on other GPUs", "what it does"]
+    body = [
+        [f"`{f.flag}`" if f.flag else "none", f.mode.value, f.elsewhere.value, f"{f.what}. {f.note}".strip()]
+        for f in LAUNCH_FLAGS
+    ]
+    return _table(head, body)
+
+
+def _errors() -> str:
+    """A line a signature; the texts are regular expressions, shown without their escapes."""
+    head = ["error", "text", "raised with", "cause"]
+    body = [
+        [
+            ", ".join(kind.__name__ for kind in s.types),
+            " or ".join(f"`{_cell(_plain(t))}`" for t in s.texts),
+            s.versions or "not seen here",
+            f"{s.who}: {s.cause}",
+        ]
+        for s in SIGNATURES
+    ]
+    return _table(head, body)
+
+
+def _plain(pattern: str) -> str:
+    for written, shown in (
+        (r"\w*", "..."),
+        (r"\w+", "..."),
+        (r"\S+", "..."),
+        (r"\d+", "N"),
+        (".*", "..."),
+        ("\\", ""),
+        ("^", ""),
+        ("$", ""),
+    ):
+        pattern = pattern.replace(written, shown)
+    return pattern
 
 
 def _formats(ids: Iterable[str]) -> str:

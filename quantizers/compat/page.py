@@ -60,12 +60,12 @@ HOSTS = {
 }
 
 
-FLAGS = """What an option of ComfyUI 0.33 makes of its memory mode. Dynamic VRAM is there on NVIDIA GPUs, and on AMD's from
-ROCm 7.14, with PyTorch 2.8 and comfy-aimdo."""
+FLAGS = """What an option of ComfyUI 0.33 makes of its memory mode. Dynamic VRAM is there on NVIDIA GPUs, and on
+AMD's from ROCm 7.14, with PyTorch 2.8 and comfy-aimdo."""
 
-ERRORS = """What the libraries say when nobody checked before. Under this pack's nodes such an error is raised again with
-its cause and ways out, the original behind it; it is told by its type and the place that it comes from first, by its
-text second."""
+ERRORS = """What the libraries say when nobody checked before. Under this pack's nodes such an error is raised again
+with its cause and ways out, the original behind it; it is told by its type and the place that it comes from first, by
+its text second."""
 
 
 def text() -> str:
@@ -161,16 +161,9 @@ def _errors() -> str:
 
 
 def _plain(pattern: str) -> str:
-    for written, shown in (
-        (r"\w*", "..."),
-        (r"\w+", "..."),
-        (r"\S+", "..."),
-        (r"\d+", "N"),
-        (".*", "..."),
-        ("\\", ""),
-        ("^", ""),
-        ("$", ""),
-    ):
+    for written in (r"\w*", r"\w+", r"\S+", ".*"):
+        pattern = pattern.replace(written, "...")
+    for written, shown in ((r"\d+", "N"), ("\\", ""), ("^", ""), ("$", "")):
         pattern = pattern.replace(written, shown)
     return pattern
 

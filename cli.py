@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import compat, convert, imatrix, lint
-from .commands.paths import require_writable
+from .commands.paths import require_file, require_writable, write_json
 from .quantizers.errors import FileError, OffloadConflict, QuantwireError
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_error(err, args.debug)
     if getattr(args, "json", None) is not None:
         try:
-            _write_json(args.json, {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report})
-        except OSError as err:
-            print(f"FileError: --json: {args.json} cannot be written: {err.strerror}.", file=sys.stderr)
+            data = {"status": STATUS[code], "exit_code": code, "error": _error_json(error), **report}
+            write_json(args.json, data, "--json")
+        except FileError as err:
+            if str(err) != str(error):  # the command may have refused the same file
+                _print_error(err, args.debug)
             return code or BAD_INPUT
     return code
 
@@ -117,7 +119,7 @@ def _run(args: argparse.Namespace, report: dict[str, Any]) -> int:
 
     require_writable(args.out, "--out")
     if args.json is not None:
-        require_writable(args.json.parent, "--json")
+        require_file(args.json, "--json")
     try:
         prompt, result = _run_on_server(args) if args.server is not None else _run_here(args)
     except Interrupted:
@@ -236,13 +238,6 @@ def _error_json(err: BaseException | None) -> dict[str, Any] | None:
     place = getattr(err, "node_place", None)
     node = {"id": place.node_id, "title": place.title, "class_type": place.class_type} if place is not None else None
     return {"type": type(err).__name__, "message": str(err), "node": node}
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

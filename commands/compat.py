@@ -6,15 +6,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import Carrier, HostName, OffloadMode, VerdictLevel
-from ..quantizers.errors import FileError, SpecError
-from .paths import require_writable
+from ..quantizers.errors import SpecError
+from .compat_table import detailed, grouped
+from .paths import require_file, require_writable, write_json
 
 if TYPE_CHECKING:
     from ..quantizers.compat.probes.cell import Result
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 OK, BAD = 0, 2
 STANDARD_OUTPUT = Path("-")
-EVIDENCE = {"probed": "measured", "documented": "documented", "none": "not measured"}
 PERIOD_S = 10.0
 SLOWEST = 5  # cells that are named at the end of a run
 
@@ -33,7 +32,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="what happens to quantized weights under offload, and probes that measure it here",
         description=(
-            "Print the compatibility table: carrier, format, mode and host, with verdict, cause and ways out. --probe "
+            "Print the compatibility table: carrier, format, mode and host, with verdict, cause and ways out; formats "
+            "that behave alike are one paragraph, and --format shows each cell of one or some. --probe "
             "runs the installed libraries in every cell of accelerate and diffusers that the filters leave; the whole "
             "set takes some minutes. Exit code 2: --check found a cell whose outcome and verdict disagree."
         ),
@@ -71,7 +71,8 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     if target is not None:
         _print_json([_to_dict(row, outcomes) for row in rows], target)
     elif not args.check:  # which names the cells that disagree, and nothing else
-        _print_table(rows, outcomes)
+        for line in detailed(rows, outcomes) if args.probe or args.format else grouped(rows):
+            print(line)
     return code
 
 
@@ -82,7 +83,7 @@ def _check_options(args: argparse.Namespace, target: Path | None) -> None:
     if args.require_all and not args.check:
         raise SpecError("--require-all needs --check.")
     if target is not None and target != STANDARD_OUTPUT:
-        require_writable(target.parent, "--json")
+        require_file(target, "--json")
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
@@ -109,7 +110,10 @@ def _probe(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[dict[Cell, Re
     everything = probe_cells()
     cells = [cell for cell in everything if cell in wanted]
     if not cells:
-        raise SpecError("No probe covers these rows: probes run the modes of host standalone.")
+        raise SpecError(
+            "No probe covers these rows: probes run the modes of host standalone, on layers that libraries make.\n"
+            "Rows of host comfyui and of other packs' tensors (comfyui-gguf-*) are measured by tests/comfyui."
+        )
     if args.write:
         require_writable(MEASURED.parent, "--write")
     progress = _Progress(len(cells))
@@ -117,9 +121,12 @@ def _probe(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[dict[Cell, Re
     progress.end()
     results = {cell: results[cell] for cell in cells}
     bad = record.disagreements(results, require_all=args.require_all) if args.check else []
+    notes = record.reworded(results) if args.check else []
     if args.write:
         record.write(results, str(compute_device().type), everything)
         forget()
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
     for line in bad:
         print(line, file=sys.stderr)
     if args.check:
@@ -162,36 +169,7 @@ def _to_dict(row: Row, outcomes: dict[Cell, Result]) -> dict[str, Any]:
 
 
 def _print_json(rows: list[dict[str, Any]], target: Path) -> None:
-    text = json.dumps(rows, indent=2)
     if target == STANDARD_OUTPUT:
-        print(text)
-        return
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(target)
-    except OSError as err:
-        raise FileError(f"--json: {target} cannot be written: {err.strerror}.") from err
-
-
-def _print_table(rows: Iterable[Row], outcomes: dict[Cell, Result]) -> None:
-    """By host, carrier and format: a line for each cell, and the cause and ways out of those that do not just run."""
-    for (host, carrier, format_id), found in groupby(rows, key=lambda r: (r.host, r.carrier, r.format_id)):
-        print(f"{host.value} / {carrier.value} / {format_id}")
-        for row in found:
-            print("  " + _line(row, outcomes))
-            if row.verdict in (VerdictLevel.BLOCK, VerdictLevel.WARN):
-                print(f"      {row.cause}")
-                for remedy in row.remedies:
-                    print(f"      - {remedy.text}")
-
-
-def _line(row: Row, outcomes: dict[Cell, Result]) -> str:
-    name = f"{row.mode.value} {row.variant}".rstrip()
-    needs = f", needs {row.needs}" if row.needs and row.evidence != "probed" else ""
-    line = f"{name:22} {row.verdict.value:8} {EVIDENCE[row.evidence]}{needs}"
-    result = outcomes.get(row.cell) if row.host is HostName.STANDALONE else None
-    if result is None:
-        return line
-    seen = result.error or result.reason
-    return f"{line:50} here: {result.outcome}{f', {seen}' if seen else ''}"
+        print(json.dumps(rows, indent=2))
+    else:
+        write_json(target, rows, "--json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quantizers.errors import FileError
-from .paths import require_writable
+from .paths import require_file, require_writable
 
 OK = 0
 PERIOD_S = 30.0
@@ -63,7 +63,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     if not args.dry_run:
         require_writable(args.target.parent, "OUT")
     if args.json is not None:
-        require_writable(args.json.parent, "--json")
+        require_file(args.json, "--json")
     rules = parse_rules(_read(args.rules)) if args.rules is not None else ()
     request = Request(
         args.source, args.target, args.type, rules, tuple(args.keep), (), args.imatrix, args.arch, args.overwrite,

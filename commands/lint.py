@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
 from ..quantizers.errors import FileError
-from .paths import require_writable
+from .paths import require_file
 
 if TYPE_CHECKING:
     from ..hosts.lint.graph import Finding
@@ -52,10 +52,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's"
     )
-    parser.add_argument("--no-models", action="store_true", help="do not look for model files: this machine has none")
+    parser.add_argument("--no-models", action="store_true", help="look for no model files and no libraries of formats")
     parser.add_argument("--server", metavar="URL", help="check nodes, choices and models against a ComfyUI server")
     parser.add_argument(
         "--known", action="append", default=[], metavar="NODE", help="a node type that a pack brings; * is any text"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="nodes that are not known here are errors, as they are with --server"
     )
     parser.add_argument(
         "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="REPORT",
@@ -151,7 +154,8 @@ def _options(args: argparse.Namespace) -> Options:
     from ..hosts.lint.lint import Options
 
     server = ask_server(args.server) if args.server is not None else None
-    return Options(args.offload, args.host, tuple(args.models or ()), not args.no_models, tuple(args.known), server)
+    models = tuple(args.models or ())
+    return Options(args.offload, args.host, models, not args.no_models, tuple(args.known), server, args.strict)
 
 
 def _check_arguments(args: argparse.Namespace, target: Path | None) -> None:
@@ -167,7 +171,7 @@ def _check_arguments(args: argparse.Namespace, target: Path | None) -> None:
         if not folder.is_dir():
             raise FileError(f"--models: '{folder}' is not a folder.")
     if target not in (None, STANDARD_OUTPUT):
-        require_writable(target.parent, "--json")
+        require_file(target, "--json")
         if target.exists() and not _is_report(target):  # `--json WORKFLOW.json` is one slip away
             raise FileError(
                 f"--json: {target} is there and is no report of lint, so it is not overwritten.\n"

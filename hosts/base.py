@@ -137,6 +137,10 @@ class Host(Protocol):
         """
         ...
 
+    def components_now(self, model: Any) -> dict[str, tuple[OffloadMode, str | None]]:
+        """`offload_now` of each of an object's components, by their names in `components_of`."""
+        ...
+
     def offload_space(self, model: Any) -> Space | None:
         """Bytes of a model object's weights and what the device has free for them, where the host decides by it."""
         ...
@@ -151,8 +155,8 @@ class Host(Protocol):
         """
         ...
 
-    def check_offload(self, mode: OffloadMode) -> None:
-        """Whether `set_offload` can set a mode.
+    def check_offload(self, mode: OffloadMode, settings: OffloadSettings | None = None) -> None:
+        """Whether `set_offload` can set a mode, and carry it out with these settings on this machine.
 
         Raises:
             SpecError: it cannot, with the way to it.

@@ -1,11 +1,13 @@
 """The modules inside any object of a graph: models, text encoders, decoders and pipelines of any host or pack.
 
 Objects are recognised by what they hold, never by their class, so nothing is imported. Only what an object stores is
-read: properties may load, move or dequantize weights, and a lazy mapping may open files.
+read: properties may load, move or dequantize weights, and a lazy mapping may open files. For the same reason kinds are
+told by `type`: `isinstance` asks an object for its class, which dead weak references answer with an error.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -14,8 +16,9 @@ from typing import Any, cast
 
 from torch import nn
 
-# How deep objects and containers are followed, and how many: a list of a million strings has no model in it.
-_DEPTH, _MOST = 6, 10_000
+# How deep objects and containers are followed, and how many: a list of a million strings has no model in it. Longer
+# containers, such as the patches of a LoRA, wait until the others were looked at.
+_DEPTH, _MOST, _LONG = 6, 10_000, 256
 # Words of the names under which other packs keep what holds their models. Further down than the first level only
 # these are followed, because anything can be reached from an object in enough steps, other models too.
 _WORDS = ("pipe", "model", "transformer", "unet", "encoder", "clip", "vae", "controlnet", "patcher", "component", "dit")
@@ -38,33 +41,42 @@ def components_of(obj: Any) -> dict[str, nn.Module]:
     kept: list[Any] = [obj]  # so that no id is used again while they are compared
     seen = {id(obj)}
     queue: deque[tuple[tuple[str, ...], Any]] = deque([((), obj)])
-    while queue and len(seen) < _MOST:
-        path, value = queue.popleft()
-        if isinstance(value, nn.Module) and _has_weights(value):
+    later: deque[tuple[tuple[str, ...], Any]] = deque()
+    while queue or later:
+        path, value = (queue or later).popleft()
+        is_module = _is(value, nn.Module)
+        if is_module and _has_weights(value):
             found[id(value)] = path, value
+            continue
+        if len(seen) >= _MOST and not is_module:  # modules that were reached by then are still listed
             continue
         for name, inner in _inside(path, value):
             if id(inner) not in seen:
                 seen.add(id(inner))
                 kept.append(inner)
-                queue.append(((*path, name), inner))
+                (later if _length(inner) > _LONG else queue).append(((*path, name), inner))
     return _named(_outermost(list(found.values())))
 
 
 def _inside(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, Any]]:
     """What an object or container holds that may be a model or lead to one."""
-    if len(path) >= _DEPTH or value is None or isinstance(value, (str, bytes, int, float, type)):
+    if len(path) >= _DEPTH or value is None or _is(value, str, bytes, int, float, type):
         return
-    if isinstance(value, dict):
-        pairs = [(str(k), v) for k, v in dict.items(cast("dict[Any, Any]", value))]
-    elif isinstance(value, MappingProxyType):
-        pairs = [(str(k), v) for k, v in cast("Mapping[Any, Any]", value).items()]
-    elif isinstance(value, (list, tuple)):
-        pairs = [(str(i), v) for i, v in enumerate(cast("list[Any]", value))]
+    value = _unwrapped(value)
+    if _is(value, dict):
+        pairs = [(_key(k, i), v) for i, (k, v) in enumerate(dict.items(cast("dict[Any, Any]", value)))]
+    elif _is(value, list, tuple):
+        items = (list if _is(value, list) else tuple).__iter__(value)
+        pairs = [(str(i), v) for i, v in enumerate(cast("Iterator[Any]", items))]
     else:
         yield from _attributes(path, value)
         return
     yield from ((name, inner) for name, inner in pairs if _is_container(inner) or not _is_barren(inner))
+
+
+def _key(key: object, index: int) -> str:
+    """Of other keys the index: text of theirs may be long, or cost something."""
+    return str.__str__(cast(str, key)) if _is(key, str) else str(key) if type(key) is int else str(index)
 
 
 def _attributes(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, Any]]:
@@ -77,29 +89,35 @@ def _attributes(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, Any]]:
     for name, inner in stored.items():
         telling = any(word in name.lower() for word in _WORDS)
         public = not path and not name.startswith("_")
-        if isinstance(inner, nn.Module) or ((telling or public) and (_is_container(inner) or not _is_barren(inner))):
+        if _is(inner, nn.Module) or ((telling or public) and (_is_container(inner) or not _is_barren(inner))):
             yield name, inner
 
 
 def _host_object(stored: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
     """What to look at in ComfyUI's own objects, which also hold patches, backups, and the objects they came from."""
-    if isinstance(clip := stored.get("cond_stage_model"), nn.Module):
-        return list(clip.named_children()) or [("cond_stage_model", clip)]
-    if isinstance(vae := stored.get("first_stage_model"), nn.Module):
+    if _is(clip := stored.get("cond_stage_model"), nn.Module):
+        return list(cast(nn.Module, clip).named_children()) or [("cond_stage_model", clip)]
+    if _is(vae := stored.get("first_stage_model"), nn.Module):
         return [("vae", vae)]
     if "control_model" in stored:
         return [("control_model", stored["control_model"]), ("previous", stored.get("previous_controlnet"))]
-    if isinstance(stored.get("model"), nn.Module) and "offload_device" in stored:  # ModelPatcher
-        patched = [(name, v) for name, v in (stored.get("object_patches") or {}).items() if isinstance(v, nn.Module)]
+    if _is(stored.get("model"), nn.Module) and "offload_device" in stored:  # ModelPatcher
+        patched = [(name, v) for name, v in _dict(stored, "object_patches").items() if _is(v, nn.Module)]
         return [("model", stored["model"]), ("additional_models", stored.get("additional_models")), *patched]
-    if isinstance(model := stored.get("_modules", {}).get("diffusion_model"), nn.Module):  # BaseModel
+    if _is(model := _dict(stored, "_modules").get("diffusion_model"), nn.Module):  # BaseModel
         return [("diffusion_model", model)]
     return None
 
 
+def _dict(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A plain dictionary of a host's object; other objects may have anything under the same name."""
+    value = stored.get(name)
+    return cast("dict[str, Any]", value) if _is(value, dict) else {}
+
+
 def _has_weights(module: nn.Module) -> bool:
     """Whether to list a module: not one that only wraps something, nor ComfyUI's BaseModel around the model."""
-    if "diffusion_model" in module._modules:
+    if "_modules" not in _stored(module) or "diffusion_model" in module._modules:  # the first: still being made
         return False
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
@@ -125,13 +143,29 @@ def _stored(value: Any) -> dict[str, Any]:
 
 
 def _is_container(value: Any) -> bool:
-    return isinstance(value, (dict, list, tuple, MappingProxyType))
+    return _is(value, dict, list, tuple, MappingProxyType)
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    """`isinstance` without a question to the object."""
+    return issubclass(type(value), kinds)
+
+
+def _unwrapped(value: Any) -> Any:
+    """The mapping behind a MappingProxyType, which may be of any class; other values as they are."""
+    return gc.get_referents(value)[0] if type(value) is MappingProxyType else value
+
+
+def _length(value: Any) -> int:
+    value = _unwrapped(value)
+    kind = next((kind for kind in (dict, list, tuple) if _is(value, kind)), None)
+    return kind.__len__(value) if kind is not None else 0
 
 
 def _is_barren(value: Any) -> bool:
-    if isinstance(value, (nn.Module, SimpleNamespace)):
+    if _is(value, nn.Module, SimpleNamespace):
         return False
-    return isinstance(value, type) or type(value).__module__.partition(".")[0] in _BARREN
+    return _is(value, type) or str(type(value).__module__).partition(".")[0] in _BARREN
 
 
 def _outermost(found: list[tuple[tuple[str, ...], nn.Module]]) -> list[tuple[tuple[str, ...], nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
@@ -32,7 +33,7 @@ class OffloadSettings:
         high_watermark: balanced: share that one component may take; a larger one is split. At its default it is 0.8 on
             devices of at least 24 GiB, as in SD.Next.
     Raises:
-        SpecError: a value that the mode, or the embedded host, does not have.
+        SpecError: values that the mode, or the embedded host, does not have; all of them.
     """
 
     mode: OffloadMode
@@ -46,52 +47,52 @@ class OffloadSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _mode(self.mode))
-        _one_of("group_level", self.group_level, GROUP_LEVELS)
-        _one_of("keep_on", self.keep_on, PLACES)
-        if isinstance(self.blocks_per_group, bool) or not isinstance(self.blocks_per_group, int):
-            raise SpecError(f"blocks_per_group must be a whole number, got {self.blocks_per_group!r}.")
-        if self.blocks_per_group < 1:
-            raise SpecError(f"blocks_per_group must be at least 1, got {self.blocks_per_group}.")
-        if not _number(self.device_gib) or self.device_gib < 0:
-            raise SpecError(f"device_gib must be 0 (what the device has free) or more, got {self.device_gib!r}.")
-        self._check_watermarks()
-        self._check_use()
+        if faults := [*self._values(), *self._watermarks(), *self._use()]:
+            raise SpecError("\n".join(faults))
 
-    def _check_watermarks(self) -> None:
+    def _values(self) -> Iterator[str]:
+        for name, known in (("group_level", GROUP_LEVELS), ("keep_on", PLACES)):
+            value = getattr(self, name)
+            if value not in known:
+                yield f"{name} must be {' or '.join(known)}, got {value!r}."
+        if isinstance(self.blocks_per_group, bool) or not isinstance(self.blocks_per_group, int):
+            yield f"blocks_per_group must be a whole number, got {self.blocks_per_group!r}."
+        elif self.blocks_per_group < 1:
+            yield f"blocks_per_group must be at least 1, got {self.blocks_per_group}."
+        if not _number(self.device_gib) or self.device_gib < 0:
+            yield f"device_gib must be 0 (what the device has free) or more, got {self.device_gib!r}."
+        elif self.device_gib and self.mode is not OffloadMode.BALANCED:
+            yield (
+                f"device_gib {self.device_gib} has no meaning with mode {self.mode.value}, which has no cap.\n"
+                "Choose mode balanced, or set device_gib to 0."
+            )
+
+    def _watermarks(self) -> Iterator[str]:
         low, high = self.low_watermark, self.high_watermark
         if not (_number(low) and _number(high) and 0 <= low <= 1 and 0 < high <= 1):
-            raise SpecError(f"low_watermark and high_watermark are shares in [0, 1] and (0, 1], got {low!r}, {high!r}.")
-        if low > high:
-            raise SpecError(
+            yield f"low_watermark and high_watermark are shares in [0, 1] and (0, 1], got {low!r}, {high!r}."
+        elif low > high:
+            yield (
                 f"low_watermark {low} is above high_watermark {high}.\n"
                 "Components are moved out above the low one; the high one caps a single component."
             )
 
-    def _check_use(self) -> None:
+    def _use(self) -> Iterator[str]:
         """Settings of another mode that change what the user expects are refused, not ignored."""
         mode = self.mode
         if self.keep_on == "disk" and mode not in KEEPS:
-            raise SpecError(
+            yield (
                 f"keep_on disk has no meaning with mode {mode.value}, which keeps whole components in memory.\n"
                 f"Choose {', '.join(m.value for m in KEEPS)}, or keep_on memory."
             )
         if self.use_stream and mode is not OffloadMode.GROUP:
-            raise SpecError(
-                f"use_stream has no meaning with mode {mode.value}.\nChoose mode group, or turn use_stream off."
-            )
-        if self.use_stream and self.keep_on == "disk":
-            raise SpecError(
-                "use_stream copies from memory, and keep_on is disk.\nTurn use_stream off, or choose keep_on memory."
-            )
-        if self.use_stream and self.group_level == "block" and self.blocks_per_group != 1:
-            raise SpecError(
+            yield f"use_stream has no meaning with mode {mode.value}.\nChoose mode group, or turn use_stream off."
+        elif self.use_stream and self.keep_on == "disk":
+            yield "use_stream copies from memory, and keep_on is disk.\nTurn use_stream off, or choose keep_on memory."
+        elif self.use_stream and self.group_level == "block" and self.blocks_per_group != 1:
+            yield (
                 f"use_stream moves one block at a time, and blocks_per_group is {self.blocks_per_group}.\n"
                 "Set blocks_per_group to 1, or turn use_stream off."
-            )
-        if self.device_gib and mode is not OffloadMode.BALANCED:
-            raise SpecError(
-                f"device_gib {self.device_gib} has no meaning with mode {mode.value}, which has no cap.\n"
-                "Choose mode balanced, or set device_gib to 0."
             )
 
     @property
@@ -129,11 +130,6 @@ def _mode(given: object) -> OffloadMode:
     known = [m.value for m in here]
     elsewhere = " It is a mode of ComfyUI." if any(name == m.value for m in OffloadMode) else near(name, known)
     raise SpecError(f"The embedded host has no offload mode '{name}'.{elsewhere}\nIt has {', '.join(known)}.")
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise SpecError(f"{what} must be {' or '.join(known)}, got {value!r}.")
 
 
 def _number(value: object) -> bool:

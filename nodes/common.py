@@ -82,8 +82,10 @@ def spec_from_inputs(format_id: str, config: QuantSpec | RuleSet | None, keep_la
     """Merge a node's widgets with a linked config.
 
     Raises:
-        SpecError: `from config` without a config that names a format, or a config for another format.
+        SpecError: no format, `from config` without a config that names one, or a config for another format.
     """
+    if not isinstance(format_id, str):  # ComfyUI lets null through, and what a link brings
+        raise SpecError(f"format is {format_id!r}, which is no name of a format.\nChoose one in the node.")
     rules = config.rules if isinstance(config, RuleSet) else ()
     config = None if isinstance(config, RuleSet) else config
     if format_id == FROM_CONFIG:

@@ -74,16 +74,15 @@ class OffloadCompat:
             "high_watermark": high_watermark,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        choices = {"mode": MODES, **{n: spec[0] for n, spec in _settings().items() if isinstance(spec[0], list)}}
-        for name, value in {"mode": mode, **given}.items():
-            if name in choices and value is not None and value not in choices[name]:
-                return f"{name} {value!r} is not among its choices: {', '.join(choices[name])}."
-        if set_mode and mode is not None:
+        faults = [text for name, value in given.items() if (text := _fault(name, value))]
+        if mode is not None and mode not in MODES:
+            faults.insert(0, f"mode {mode!r} is not among its choices: {', '.join(MODES)}.")
+        elif set_mode and mode is not None:
             try:
-                _wanted(mode, given)
+                _wanted(mode, {name: value for name, value in given.items() if not _fault(name, value)})
             except SpecError as err:
-                return one_line(err)
-        return True
+                faults.append(one_line(err))
+        return " ".join(faults) or True
 
     def check(
         self,
@@ -104,6 +103,8 @@ class OffloadCompat:
     ) -> dict[str, Any]:
         from .offload_check import run
 
+        if mode not in MODES:  # ComfyUI lets null through, and what a link brings
+            raise SpecError(f"mode {mode!r} is not among its choices.\nChoose one of: {', '.join(MODES)}.")
         settings = {
             "group_level": group_level,
             "blocks_per_group": blocks_per_group,
@@ -159,6 +160,17 @@ def _settings() -> dict[str, Any]:
     }
 
 
+def _fault(name: str, value: Any) -> str:
+    """What the host no longer checks of an input that VALIDATE_INPUTS takes: its choices, its range."""
+    kind, options = _settings()[name]
+    if isinstance(kind, list):
+        return "" if value in kind else f"{name} {value!r} is not among its choices: {', '.join(kind)}."
+    low, high = options.get("min"), options.get("max")
+    if low is None or low <= value <= high:
+        return ""
+    return f"{name} {value} is not in its range, {low} to {high}."
+
+
 def _wanted(mode: str, settings: dict[str, Any]) -> OffloadSettings:
     """The settings to run with.
 
@@ -172,4 +184,6 @@ def _wanted(mode: str, settings: dict[str, Any]) -> OffloadSettings:
             "set_mode is on and mode is auto, which names no mode to set.\nChoose one, or turn set_mode off."
         )
     current().check_offload(OffloadMode(mode))
-    return OffloadSettings(OffloadMode(mode), **settings)
+    wanted = OffloadSettings(OffloadMode(mode), **settings)
+    current().check_offload(wanted.mode, wanted)
+    return wanted

@@ -33,5 +33,6 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             raise
         patcher = executor.class_obj.model_patcher
         found = find_carriers(patcher.model.diffusion_model)
-        raise_translated(err, host=HostName.COMFYUI, mode=memory.done(patcher)[0], found=found)
+        mode, variant = memory.done(patcher)
+        raise_translated(err, host=HostName.COMFYUI, mode=mode, variant=variant, found=found)
         raise

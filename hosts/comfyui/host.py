@@ -150,6 +150,9 @@ class ComfyHost:
             return memory_state().mode, None
         return forecast(patcher)
 
+    def components_now(self, model: Any) -> dict[str, tuple[OffloadMode, str | None]]:
+        return dict.fromkeys(components_of(model), self.offload_now(model))  # the host loads an object as a whole
+
     def offload_space(self, model: Any) -> Space | None:
         from .memory import space_for
 
@@ -161,7 +164,7 @@ class ComfyHost:
 
         return guarded(model, guard)
 
-    def check_offload(self, mode: OffloadMode) -> None:
+    def check_offload(self, mode: OffloadMode, settings: OffloadSettings | None = None) -> None:
         from .memory import how_to_set
 
         raise SpecError(how_to_set(mode))

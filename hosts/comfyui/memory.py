@@ -7,11 +7,14 @@ ModelPatcher.partially_load, 0.33); afterwards it is what the host did.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...quantizers.compat.comfyui_rules import LAUNCH_FLAGS
 from ...quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
 from ...quantizers.compat.remedies import Space
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,14 @@ def done(patcher: Any) -> tuple[OffloadMode, str | None]:
         return mode, ""
     device = patcher.load_device
     # Layers that the host cannot stream stay behind when they do not fit, and it does not count those.
-    if patcher.model.model_lowvram or any(p.device != device for p in patcher.model.parameters()):
+    if patcher.model.model_lowvram or any(not _is_same(p.device, device) for p in patcher.model.parameters()):
         return OffloadMode.PARTIAL, "split"
     return mode, "whole" if mode is OffloadMode.PARTIAL else ""
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """`mps` is where tensors of `mps:0` lie: a device without an index stands for any of its type."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def how_to_set(mode: OffloadMode) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,10 +12,10 @@ from ...quantizers.errors import BackendUnavailable, QuantwireError, near
 from ...quantizers.registry import availability, require_reader
 from ..standalone.validate import check as validate
 from ..standalone.workflow import Link
-from .catalog import ANY_TYPES, Catalog, Input, NodeType, core_nodes
+from .catalog import ANY_TYPES, NUMBERS, Catalog, Input, NodeType, core_nodes, one_slip
 from .files import ModelFiles
 from .flow import COMPAT
-from .graph import Finding, Graph, Level, Node, shortened
+from .graph import PRIMITIVES, Finding, Graph, Level, Node, shortened
 from .sources import QUANTIZERS, formats
 
 # Choices that the host makes, which is not here.
@@ -24,6 +23,9 @@ OF_THE_HOST = (("LoadGGUFTextEncoder", "type"), ("ConvertModel", "model_name"))
 NOT_A_FILE = ("none", "None", "[None]")
 MAKE_ONE = "`quantwire convert MODEL.safetensors MODEL.gguf --type Q8_0` makes one."
 TRY_COMFYUI = "If the workflow is meant for ComfyUI, check it with --host comfyui."
+NAME_IT = "If a pack brings it: name it with --known, or check against your server with --server URL."
+CORE_PACK = "comfy-core"  # what the editor calls ComfyUI itself
+MOST_NAMES = 20
 FORMAT_NODES = (*QUANTIZERS, "LoadAndQuantize")
 
 
@@ -37,6 +39,7 @@ class Checks:
         allowed: patterns of ids that are there, whoever brings them.
         files: None: model files are not looked for.
         live: ids of the nodes that run.
+        strict: an unknown node is an error, whether it may be a pack's or not.
     """
 
     graph: Graph
@@ -47,8 +50,13 @@ class Checks:
     allowed: tuple[str, ...]
     files: ModelFiles | None
     live: set[str]
+    strict: bool = False
 
-    def run(self) -> Iterator[Finding]:
+    def run(self) -> list[Finding]:
+        found = list(self.each())
+        return self.without_dead_branches(found) if self.host is HostName.COMFYUI else found
+
+    def each(self) -> Iterator[Finding]:
         for node in self.graph.nodes.values():
             node_type = self.catalog.find(node.class_type)
             missing = [] if node.id not in self.live else list(self.models(node, node_type))
@@ -65,23 +73,63 @@ class Checks:
                 yield from self.runnable(node)
         if self.host is HostName.COMFYUI:
             yield from self.packs()
+            yield from self.not_known()
             yield from self.whole()
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
+    def is_known(self, node: Node, node_type: NodeType | None) -> bool:
+        if any(fnmatchcase(node.class_type, pattern) for pattern in self.allowed):
+            return True
+        return node_type is not None and (self.catalog.server is None or node.class_type in self.catalog.server)
+
     def unknown(self, node: Node, node_type: NodeType | None) -> Iterator[Finding]:
-        known = node_type is not None and (self.catalog.server is None or node.class_type in self.catalog.server)
-        if known or any(fnmatchcase(node.class_type, pattern) for pattern in self.allowed):
+        """An id that is certain to be wrong; others that nobody knows here are told once for all, by `not_known`."""
+        if self.is_known(node, node_type):
+            yield from self.replaced(node, node_type) if node_type is not None else ()
             return
-        hint = _likely(node.class_type, self.catalog.names())
+        meant = self.catalog.meant(node.class_type)
         pack = shortened(node.pack, 60)
+        data = {"pack": node.pack}
         if self.catalog.server is not None:
-            remedies = [f"Install {pack or 'the pack that has it'} on the server."]
-            message = f"the server has no such node.{hint}"
-        else:
-            remedies = ["If a pack brings it: name it with --known, or check against your server with --server URL."]
-            message = f"neither ComfyUI nor quantwire has such a node{f'; it is from {pack}' if pack else ''}.{hint}"
-        yield Finding(Level.ERROR, "unknown-node", node.place, message, tuple(remedies), {"pack": node.pack})
+            remedies = (f"Install {pack or 'the pack that has it'} on the server.",)
+            hint = f" Did you mean {meant}?" if meant else ""
+            yield Finding(
+                Level.ERROR, "unknown-node", node.place, f"the server has no such node.{hint}", remedies, data
+            )
+        elif meant and pack in ("", CORE_PACK):
+            message = f"neither ComfyUI nor quantwire has such a node. Did you mean {meant}?"
+            yield Finding(Level.ERROR, "unknown-node", node.place, message, (NAME_IT,), data)
+
+    def not_known(self) -> Iterator[Finding]:
+        """One finding for all nodes of packs that are not known here: whether they are installed cannot be told."""
+        if self.catalog.server is not None:
+            return
+        found: dict[str, list[Node]] = {}
+        for node in self.graph.nodes.values():
+            slip = self.catalog.meant(node.class_type) and node.pack in ("", CORE_PACK)
+            if not self.is_known(node, self.catalog.find(node.class_type)) and not slip:
+                found.setdefault(node.class_type, []).append(node)
+        if not found:
+            return
+        packs = {name: nodes[0].pack for name, nodes in found.items()}
+        names = [f"{shortened(n, 60)} of {shortened(p, 60)}" if p else shortened(n, 60) for n, p in packs.items()]
+        names = [*names[:MOST_NAMES], *([f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else [])]
+        count = sum(map(len, found.values()))
+        message = f"needs nodes that are not known here: {', '.join(names)} ({count} node{'s' if count > 1 else ''})."
+        data = {"nodes": {name: [n.id for n in nodes] for name, nodes in found.items()}, "packs": packs}
+        level = Level.ERROR if self.strict else Level.WARNING
+        yield Finding(level, "unknown-node", None, message, (NAME_IT,), data)
+
+    def replaced(self, node: Node, node_type: NodeType) -> Iterator[Finding]:
+        """An older id that ComfyUI replaces, with or without what is linked to it."""
+        new = node_type.replaced_by
+        if new and node_type.drops_inputs and self.graph.form == "api":
+            message = f"ComfyUI replaces it by {new} and drops its inputs, so {new} lacks those that it requires."
+            yield Finding(Level.ERROR, "replaced-node", node.place, message, (f"Write {new} as its class_type.",))
+        elif new:
+            message = f"an older name; ComfyUI replaces the node by {new}."
+            yield Finding(Level.NOTE, "replaced-node", node.place, message, (f"Use {new}.",))
 
     def packs(self) -> Iterator[Finding]:
         """Once for each pack whose loaders are known here, though not whether it is installed."""
@@ -109,6 +157,30 @@ class Checks:
             message = "it has no output node, so nothing would run."
             yield Finding(Level.ERROR, "no-output", None, message, ("Add a node such as SaveImage or PreviewImage.",))
 
+    def without_dead_branches(self, found: list[Finding]) -> list[Finding]:
+        """ComfyUI leaves out an output that lacks an input and runs the others; a fault is one where none is left."""
+        lacking = {f.place.node_id for f in found if f.code == "missing-input" and f.place is not None}
+        faulty = {f.place.node_id for f in found if f.level is Level.ERROR and f.place is not None}
+        if not lacking or any(f.level is Level.ERROR and f.place is None for f in found):
+            return found
+        feeds: dict[str, list[str]] = {}
+        for node in self.graph.nodes.values():
+            for link in node.links.values():
+                feeds.setdefault(link.node_id, []).append(node.id)
+        bad = reached(faulty, feeds)
+        if not any(self.is_output(node) and node.id not in bad for node in self.graph.nodes.values()):
+            return found
+        skipped = "; ComfyUI leaves out what needs it and runs the other outputs."
+        return [
+            replace(f, level=Level.WARNING, message=f.message.rstrip(".") + skipped) if f.code == "missing-input" else f
+            for f in found
+        ]
+
+    def is_output(self, node: Node) -> bool:
+        """Only what is known to be one: any other node may be, and then again may not."""
+        node_type = self.catalog.find(node.class_type)
+        return node_type is not None and node_type.output_node
+
     # --- links and values ------------------------------------------------------------------------------------------
 
     def wiring(self, node: Node, node_type: NodeType | None) -> Iterator[Finding]:
@@ -121,8 +193,9 @@ class Checks:
         if node_type is None or not node_type.detailed or self.graph.open:
             return
         for i in node_type.inputs.values():
-            # The editor fills widgets; inputs that grow have other names in a file.
-            by_widget = i.widget and (self.graph.form == "editor" or node.rest)
+            # The editor fills widgets, and draws a slot for all else; inputs that grow have other names in a file.
+            editor = self.graph.form == "editor"
+            by_widget = (i.widget and (editor or node.rest)) or (editor and i.name not in node.input_types)
             there = i.name in node.links or i.name in node.values or i.name in node.filled or _grown(i.name, node)
             if i.required and not (there or by_widget or i.type.startswith("COMFY_")):
                 message = f"the required input {i.name!r} is missing."
@@ -134,6 +207,8 @@ class Checks:
             return f"linked to node {shortened(link.node_id, 60)}, which is not in the workflow"
         source_type = self.catalog.find(source.class_type)
         given = source_type.outputs if source_type is not None and source_type.detailed else None
+        if given is None and source.class_type in PRIMITIVES:
+            given = (PRIMITIVES[source.class_type],)
         if given is None:
             return ""
         if not 0 <= link.output < len(given):
@@ -143,10 +218,17 @@ class Checks:
         return f"linked to a {given[link.output]} of {source.place}, and takes {wanted.type}"
 
     def values(self, node: Node, node_type: NodeType | None, missing: bool) -> Iterator[Finding]:
-        """Choices that are known, and what the pack's own nodes say of their inputs."""
+        """Numbers, choices that are known, and what the pack's own nodes say of their inputs."""
         found = False
+        # A pack's node may check its inputs itself, and take what is not listed.
+        certain = node.class_type in self.own or node.class_type in core_nodes()
         for name, value in node.values.items():
             i = node_type.inputs.get(name) if node_type else None
+            fault = number_fault(i, value) if i is not None else ""
+            if fault:
+                found = True
+                level = Level.ERROR if certain else Level.WARNING
+                yield Finding(level, "bad-value", node.place, f"{name}: {fault}.", data={"input": name})
             if i is None or i.choices is None or i.type != "COMBO":
                 continue
             if self.catalog.server is None and (i.folder or (node.class_type, name) in OF_THE_HOST):
@@ -154,7 +236,7 @@ class Checks:
             if isinstance(value, dict) and "__value__" in value:
                 value = value["__value__"]
             for one in value if isinstance(value, list) else [value]:
-                if one in i.choices or (node.class_type in self.own and name == "format"):
+                if one in i.choices or (node.class_type in self.own and name == "format" and one is not None):
                     continue
                 if i.folder and missing:
                     continue
@@ -162,9 +244,10 @@ class Checks:
                 shown = ", ".join(map(str, i.choices[:12])) + (", ..." if len(i.choices) > 12 else "")
                 hint = near(str(one), map(str, i.choices)) if isinstance(one, str) else ""
                 message = f"{name}: {shortened(repr(one), 80)} is not among its choices.{hint}"
-                # A pack's node may check its inputs itself, and take what is not listed.
-                certain = node.class_type in self.own or node.class_type in core_nodes()
-                level = Level.ERROR if certain else Level.WARNING
+                # Packs add samplers and schedulers to ComfyUI's own, so without a server only a slip is certain.
+                recorded = node.class_type not in self.own and self.catalog.server is None
+                sure = certain and not (recorded and not any(one_slip(str(one), str(c)) for c in i.choices))
+                level = Level.ERROR if sure else Level.WARNING
                 yield Finding(level, "bad-value", node.place, message, (f"Choices: {shown}.",), {"input": name})
         if node.class_type in self.own and not missing and not found:
             yield from self.refused(node)
@@ -225,19 +308,23 @@ class Checks:
             return None if value in choices else (f"{value!r} is not on the server.{hint}", ())
         if "." not in value and node.class_type not in self.own:
             return None  # `pixel_space`, `taesd`: a name that stands for no single file
-        return self.files.missing(i.folder, value)
+        return self.files.missing(i.folder, value, listed=node.class_type not in self.own)
 
     def runnable(self, node: Node) -> Iterator[Finding]:
         """Formats whose library is absent or does not run on this machine."""
+        if self.files is None:  # who has no models here runs the file elsewhere
+            return
+        here = self.host is HostName.STANDALONE
+        level = Level.ERROR if here else Level.WARNING
+        where = "on this machine" if here else "in the Python that checks; ComfyUI's may have other libraries"
         wanted: Iterable[str] = formats(self.graph, node) if node.class_type in FORMAT_NODES else ()
         for format_id in wanted:
             state = availability(format_id)
             if not state.works:
-                message = f"{format_id} cannot run on this machine: {state.reason}"
-                yield Finding(
-                    Level.ERROR, "unavailable-format", node.place, message, (state.remedy,), {"format": format_id}
-                )
-        if self.files is None or node.class_type not in ("LoadGGUF", "LoadGGUFTextEncoder"):
+                message = f"{format_id} cannot run {where}: {state.reason}"
+                data = {"format": format_id}
+                yield Finding(level, "unavailable-format", node.place, message, (state.remedy,), data)
+        if node.class_type not in ("LoadGGUF", "LoadGGUFTextEncoder"):
             return
         for i in self.catalog_inputs(node).values():
             value = node.values.get(i.name)
@@ -247,9 +334,9 @@ class Checks:
                     require_reader(format_id)
                 except BackendUnavailable as err:
                     reason, _, remedy = str(err).partition("\n")
-                    yield Finding(Level.ERROR, "unavailable-format", node.place, f"{value}: {reason}", (remedy,))
+                    yield Finding(level, "unavailable-format", node.place, f"{value}: {reason}", (remedy,))
                 except QuantwireError as err:
-                    yield Finding(Level.ERROR, "unavailable-format", node.place, f"{value}: {shortened(str(err), 300)}")
+                    yield Finding(level, "unavailable-format", node.place, f"{value}: {shortened(str(err), 300)}")
 
 
 def embedded(
@@ -289,10 +376,29 @@ def outputs(graph: Graph, catalog: Catalog) -> list[str]:
     return [i for i, t in types.items() if t is None or t.output_node]
 
 
-def _likely(name: str, names: Iterable[str]) -> str:
-    """Only a slip of the pen: among a thousand ids some other is always alike."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.85)
-    return f" Did you mean {close[0]}?" if close else ""
+def number_fault(i: Input, value: Any) -> str:
+    """What ComfyUI's server says of a literal for an INT or FLOAT: whether it converts, and its range."""
+    if i.type not in NUMBERS:
+        return ""
+    try:
+        number = int(value) if i.type == "INT" else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return f"{shortened(repr(value), 80)} is no {i.type}"
+    if i.low is not None and number < i.low:
+        return f"{number} is below its minimum {i.low}"
+    return f"{number} is above its maximum {i.high}" if i.high is not None and number > i.high else ""
+
+
+def reached(starts: Iterable[str], feeds: Mapping[str, list[str]]) -> set[str]:
+    """These nodes and all that they feed."""
+    found = set(starts)
+    rest = list(found)
+    while rest:
+        for fed in feeds.get(rest.pop(), ()):
+            if fed not in found:
+                found.add(fed)
+                rest.append(fed)
+    return found
 
 
 def _fit(given: str, wanted: str) -> bool:

@@ -42,8 +42,9 @@ NOTES = (
     *("Random Unmuter (rgthree)", "Node Collector (rgthree)"),
 )
 REROUTES = ("Reroute", "Reroute (rgthree)")
-PRIMITIVE, GET, SET = "PrimitiveNode", "GetNode", "SetNode"
-VIRTUAL = (*NOTES, *REROUTES, PRIMITIVE, GET, SET)
+PRIMITIVE = "PrimitiveNode"
+GETS, SETS = ("GetNode", "easy getNode"), ("SetNode", "easy setNode")  # of KJNodes, and ComfyUI-Easy-Use's copies
+VIRTUAL = (*NOTES, *REROUTES, PRIMITIVE, *GETS, *SETS)
 EVERYWHERE = (
     "Anything Everywhere",
     "Anything Everywhere?",
@@ -311,14 +312,16 @@ class _Reader:
         if child is not None:
             inner = child.scope.results.get(output)
             return (child, inner) if inner is not None else None
-        if kind in REROUTES or kind == SET:
+        if kind in REROUTES or kind in SETS:
             return _following(instance, slots[0] if slots else None)
         if kind == PRIMITIVE:
             values = box.get("widgets_values")
             return Value(values[0]) if isinstance(values, list) and values else None
-        if kind == GET:
+        if kind in GETS:
             return self.setter(instance, box)
-        if kind in VIRTUAL or kind in self.subgraphs or kind.startswith(GROUP_NODES):
+        if kind.startswith(GROUP_NODES):  # what is inside gives the input something
+            return Value(None, known=False)
+        if kind in VIRTUAL or kind in self.subgraphs:
             return None
         return Link(f"{instance.prefix}{box['id']}", output)
 
@@ -328,7 +331,7 @@ class _Reader:
         where: Instance | None = instance
         while where is not None and name is not None:
             if not where.setters:
-                sets = ((b, k) for k, b in where.scope.nodes.items() if b["type"] == SET and b.get("mode") != NEVER)
+                sets = ((b, k) for k, b in where.scope.nodes.items() if b["type"] in SETS and b.get("mode") != NEVER)
                 where.setters = {str(first_value(b)): k for b, k in sets} or {"": ""}
             found = where.scope.nodes.get(where.setters.get(name, ""))
             if found is not None:

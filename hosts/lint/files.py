@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...quantizers.errors import FileError, near
-from ..standalone.host import StandaloneHost
+from ..standalone.folders import ModelFolders
 
 # Folders beside those that the embedded host knows: the older names of ComfyUI, and the packs' own.
 FOLDERS: Mapping[str, tuple[str, ...]] = {
@@ -34,7 +35,7 @@ BNB_MARKS = {".quant_state.bitsandbytes__nf4": "bnb-nf4", ".quant_state.bitsandb
 class ModelFiles:
     """The model folders, listed and read once each."""
 
-    def __init__(self, host: StandaloneHost) -> None:
+    def __init__(self, host: ModelFolders) -> None:
         self.host = host
         self._lists: dict[str, list[str]] = {}
         self._formats: dict[Path, tuple[str, ...]] = {}
@@ -52,16 +53,29 @@ class ModelFiles:
         for part in FOLDERS.get(folder, (folder,)):
             try:
                 return self.host.resolve(part, name)
-            except (FileError, ValueError):  # ValueError: a null character in the name
+            except FileError:
                 continue
         return None
 
-    def missing(self, folder: str, name: str) -> tuple[str, tuple[str, ...]] | None:
-        """(message, remedies) for a file that is not there; None where it is."""
-        if self.find(folder, name) is not None:
+    def missing(self, folder: str, name: str, *, listed: bool) -> tuple[str, tuple[str, ...]] | None:
+        """(message, remedies) for a file that is not there; None where it is.
+
+        Args:
+            listed: only the names of the list count, as for ComfyUI's own loaders; else also another path to a file.
+        """
+        names = self.names(folder)
+        found = self.find(folder, name)
+        if found is not None and (not listed or name in names):
             return None
         parts = " or ".join(FOLDERS.get(folder, (folder,)))
-        names = self.names(folder)
+        if found is not None:
+            ends = f"/{Path(os.path.normpath(name)).as_posix()}"
+            same = next((n for n in sorted(names, key=len, reverse=True) if ends.endswith(f"/{n}")), "")
+            wanted = f"Write {same!r}." if same else "Write its name as the list has it."
+            return f"{name!r} leads to a file in {parts}, but is not a name in the list of choices.", (wanted,)
+        gone = self.dead_link(folder, name)
+        if gone is not None:
+            return f"{name!r} is a link to {gone}, which is not there.", ("Mend the link, or put the file there.",)
         turned = name.replace("\\", "/")
         if turned != name and self.find(folder, turned) is not None:
             return (
@@ -77,6 +91,16 @@ class ModelFiles:
         message = f"{name!r} is not in {parts}.{hint or shown}"
         searched = ", ".join(str(m) for m in self.host.models)
         return message, (f"Put the file there, or name the folder with --models (searched: {searched}).",)
+
+    def dead_link(self, folder: str, name: str) -> str | None:
+        """Where a link leads whose file is gone; None where there is no such link."""
+        for part in FOLDERS.get(folder, (folder,)):
+            for path in self.host.candidates(part, name):
+                try:
+                    return os.readlink(path)
+                except (OSError, ValueError):  # no link, or a name that no file system takes
+                    continue
+        return None
 
     def formats(self, path: Path) -> tuple[str, ...]:
         """Ids of the quantized formats inside, from the header; empty for a plain or unreadable file."""

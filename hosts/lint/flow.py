@@ -1,24 +1,27 @@
 """Follow quantized weights through a graph, and judge them where a mode meets them.
 
 OffloadCompat judges what arrives at it. What is added behind it is judged where it is used up, as its guard does before
-sampling; so is everything when a mode is given on the command line. A node that is not known hands on, in editor form,
-by the types of its slots; in API form, by what the inputs that it feeds expect.
+sampling; so is everything under the mode that will be in force there: one that an OffloadCompat sets, or that of the
+command line. The action of a check does not soften that: a run that goes on stops in the library. A node that is not
+known hands on, in editor form, by the types of its slots; in API form, by what the inputs that it feeds expect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...quantizers.compat.matrix import answer
 from ...quantizers.compat.modes import HOST_MODES, Carrier, HostName, OffloadMode, VerdictLevel
-from ...quantizers.compat.remedies import offered
+from ...quantizers.compat.remedies import Remedy, RemedyKind, offered
 from ...quantizers.errors import QuantwireError
+from ...quantizers.registry import format_ids
 from ..offload import OffloadSettings
 from ..standalone.workflow import NodePlace
 from .catalog import ANY_TYPES, KINDS, Catalog, NodeType
-from .graph import Finding, Graph, Level, Node
-from .sources import QUANTIZERS, Held, Sources
+from .graph import UNKNOWN, Finding, Graph, Level, Node
+from .sources import QUANTIZERS, UNTOLD, Held, Sources
 
 COMPAT = "OffloadCompat"
 # Input of OffloadCompat -> index of the output that hands it on.
@@ -38,17 +41,34 @@ SAID = {
 # Outputs of nodes that read a model's settings, such as BasicScheduler, and do not run it.
 UNUSED = (("SIGMAS",),)
 CALLED = {HostName.COMFYUI: "ComfyUI", HostName.STANDALONE: "quantwire run"}
-OWN_LOADERS = ("LoadAndQuantize", "LoadGGUF", "LoadGGUFTextEncoder")
+WITH_FORMAT = (*QUANTIZERS, "LoadAndQuantize")
+WITH_CARRIER = (*WITH_FORMAT, "LoadGGUF", "LoadGGUFTextEncoder")
+# Ways out that need no option or mode of the other host.
+ANYWHERE = (RemedyKind.CARRIER, RemedyKind.FORMAT)
+SEVERITY = {level: position for position, level in enumerate(Level)}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A mode that weights are judged for.
+
+    Attributes:
+        variant: how it is carried out; None is not known.
+        sized: it is that variant only where the component does not fit the device.
+    """
+
+    mode: OffloadMode
+    variant: str | None = None
+    sized: bool = False
 
 
 @dataclass(frozen=True)
 class Guard:
-    """An OffloadCompat that a value went through; it checks again before sampling."""
+    """An OffloadCompat with a mode of its own that a value went through; it checks again before sampling."""
 
-    mode: OffloadMode
+    use: Use
     action: str
     place: NodePlace
-    variant: str | None
 
 
 @dataclass(frozen=True)
@@ -56,19 +76,21 @@ class Stream:
     """What is known of a value on a link.
 
     Attributes:
-        mode: set by an OffloadCompat with set_mode.
+        use: set by an OffloadCompat with set_mode.
     """
 
     held: frozenset[Held] = frozenset()
     guards: frozenset[Guard] = frozenset()
-    mode: OffloadMode | None = None
+    use: Use | None = None
 
     def joined(self, other: Stream) -> Stream:
-        return Stream(self.held | other.held, self.guards | other.guards, self.mode or other.mode)
+        return Stream(self.held | other.held, self.guards | other.guards, self.use or other.use)
 
 
 Streams = Mapping[str, Stream]
 Used = dict[int, set[str]]
+# (use, action) -> level of the finding, for each time that one was judged.
+Judged = dict[tuple[Use, str], Level | None]
 EMPTY: Streams = {}
 
 
@@ -89,7 +111,14 @@ class Flow:
     live: set[str]
     findings: list[Finding] = field(default_factory=lambda: list[Finding]())
     _out: dict[tuple[str, int], Streams] = field(default_factory=lambda: dict[tuple[str, int], Streams]())
-    _said: set[tuple[Held, OffloadMode]] = field(default_factory=lambda: set[tuple[Held, OffloadMode]]())
+    _judged: dict[tuple[Held, OffloadMode], Judged] = field(
+        default_factory=lambda: dict[tuple[Held, OffloadMode], Judged]()
+    )
+
+    @property
+    def given(self) -> Use | None:
+        """The mode of the command line."""
+        return Use(self.offload) if self.offload is not None else None
 
     def run(self) -> list[Finding]:
         used = self.used_outputs()
@@ -101,7 +130,7 @@ class Flow:
                 self.compat(node, used.get(node_id, {}))
             else:
                 self.ordinary(node, used.get(node_id, {}))
-        if self._said and self.offload is not None and self.offload not in HOST_MODES[self.host]:
+        if self._judged and self.offload is not None and self.offload not in HOST_MODES[self.host]:
             message = (
                 f"{CALLED[self.host]} has no offload mode {self.offload.value}; judged for {CALLED[other(self.host)]}."
             )
@@ -146,7 +175,7 @@ class Flow:
                     before = out.get(kind, Stream())
                     # Quantizing replaces what was there; a loader has nothing before it.
                     kept = frozenset() if node.class_type in QUANTIZERS else before.held
-                    out[kind] = Stream(kept | frozenset(held), before.guards, before.mode)
+                    out[kind] = Stream(kept | frozenset(held), before.guards, before.use)
             self._out[(node.id, index)] = out
         for kind, stream in merged.items():
             if not any(kind in self._out[(node.id, index)] for index in used):
@@ -164,87 +193,141 @@ class Flow:
 
     def compat(self, node: Node, used: Used) -> None:
         self.check_mode(node)
-        action = node.values.get("action", "block")
-        action = action if isinstance(action, str) and "action" not in node.links else "block"
+        action = self.graph.literal(node, "action", "block")
+        action = action if action in ("warn", "report") else "block"
+        mode = self.graph.literal(node, "mode", AUTO)
+        use, sets = self.asked(node, mode), self.sets_mode(node)
+        reached = False
         for name, index in COMPAT_OUTPUTS.items():
-            streams = self.incoming(node, name, None)
             out: dict[str, Stream] = {}
-            for kind, stream in streams.items():
-                chosen = self.mode_of(node, stream)
-                if chosen is None:
+            for kind, stream in self.incoming(node, name, None).items():
+                reached = reached or bool(stream.held)
+                out[kind] = stream
+                if use is not None:
+                    self.judge(node.place, stream.held, use, action)
+                    guards = stream.guards | {Guard(use, action, node.place)}
+                    # With set_mode, the guard looks at what the host does: the mode that is set last.
+                    out[kind] = replace(stream, use=use) if sets else replace(stream, guards=guards)
+                elif mode == AUTO and (now := stream.use or self.given) is not None:
+                    self.judge(node.place, stream.held, now, action)
+                elif mode == AUTO:
                     self.tell_of_auto(node, stream)
-                    out[kind] = stream
-                    continue
-                variant = _variant(node, chosen)
-                self.judge(node.place, stream.held, chosen, action, variant)
-                guard = Guard(chosen, action, node.place, variant)
-                sets = node.values.get("set_mode") is True and node.values.get("mode") != AUTO
-                out[kind] = Stream(stream.held, stream.guards | {guard}, chosen if sets else stream.mode)
             if index in used:
                 self._out[(node.id, index)] = out
+        if mode is UNKNOWN and reached:
+            message = "its mode comes from a link and is known when the graph runs, so this check was not judged."
+            remedy = "Choose the mode in the node, or check one with --offload MODE."
+            self.findings.append(Finding(Level.NOTE, "not-judged", node.place, message, (remedy,)))
 
-    def mode_of(self, node: Node, stream: Stream) -> OffloadMode | None:
-        value = node.values.get("mode", AUTO) if "mode" not in node.links else None
-        if value == AUTO:
-            return stream.mode or self.offload
-        return next((m for m in OffloadMode if m.value == value), None)
+    def asked(self, node: Node, value: Any) -> Use | None:
+        """The mode that an OffloadCompat names; None for auto, for a link, and for a word that is no mode."""
+        mode = next((m for m in OffloadMode if value == m.value), None)
+        if mode is None:
+            return None
+        return Use(mode, self.variant(node, mode), mode is OffloadMode.BALANCED and self.sets_mode(node))
+
+    def sets_mode(self, node: Node) -> bool:
+        value = self.graph.literal(node, "set_mode", False)
+        return value is not UNKNOWN and bool(value)
+
+    def variant(self, node: Node, mode: OffloadMode) -> str | None:
+        """How an OffloadCompat means its mode to be carried out; None where its widgets do not tell."""
+        if mode is OffloadMode.PARTIAL:
+            return None
+        if mode is OffloadMode.BALANCED:
+            return "split-disk" if self.graph.literal(node, "keep_on") == "disk" else "split"
+        names = {OffloadMode.SEQUENTIAL: ("keep_on",), OffloadMode.GROUP: ("keep_on", "group_level", "use_stream")}
+        given = {name: v for name in names.get(mode, ()) if (v := self.graph.literal(node, name)) is not None}
+        if UNKNOWN in given.values():
+            return None
+        try:
+            return OffloadSettings(mode, **given).variant if mode in names else ""
+        except (QuantwireError, TypeError):  # the node refuses such a value itself
+            return None
 
     # --- verdicts ------------------------------------------------------------------------------------------------
 
     def used_up(self, node: Node, stream: Stream) -> None:
-        """A sampler, an encoder or an output got it: the guards check again, and so does the given mode."""
+        """A sampler, an encoder or an output got it: the guards check again, and the mode that is in force decides."""
         if _output_types(node, self.catalog.find(node.class_type)) in UNUSED:
             return
         for guard in sorted(stream.guards, key=lambda g: g.place.node_id):
             text = f" It was added behind {guard.place}."
-            self.judge(node.place, stream.held, guard.mode, guard.action, guard.variant, text)
-        mode = stream.mode or self.offload
-        if mode is not None:
-            self.judge(node.place, stream.held, mode, "block", None)
+            self.judge(node.place, stream.held, guard.use, guard.action, text)
+        use = stream.use or self.given
+        if use is not None:
+            self.judge(node.place, stream.held, use, "block")
 
-    def judge(
-        self,
-        place: NodePlace,
-        held: Iterable[Held],
-        mode: OffloadMode,
-        action: str,
-        variant: str | None,
-        behind: str = "",
-    ) -> None:
+    def judge(self, place: NodePlace, held: Iterable[Held], use: Use, action: str, behind: str = "") -> None:
+        """Add what is worse than all that was said of the same weights, carried out in the same way."""
         for h in sorted(held, key=lambda h: (h.kind, h.label, h.origin.node_id)):
-            if (h, mode) not in self._said:
-                self._said.add((h, mode))
-                found = self.verdict(place, h, mode, action, variant, behind)
-                self.findings += [found] if found else []
+            judged = self._judged.setdefault((h, use.mode), {})
+            if (use, action) in judged:
+                continue
+            found = self.verdict(place, h, use, action, behind)
+            said = [
+                level
+                for (u, _), level in judged.items()
+                if u.variant == use.variant or None in (u.variant, use.variant)
+            ]
+            judged[(use, action)] = found.level if found is not None else None
+            if found is not None and all(SEVERITY[found.level] < SEVERITY[level] for level in said if level):
+                self.findings.append(found)
 
-    def verdict(
-        self, place: NodePlace, h: Held, mode: OffloadMode, action: str, variant: str | None, behind: str
-    ) -> Finding | None:
-        host = host_of(mode, self.host)
-        got = answer(h.carrier, h.key, mode, host=host, variant=variant)
+    def verdict(self, place: NodePlace, h: Held, use: Use, action: str, behind: str) -> Finding | None:
+        mode, host = use.mode, host_of(use.mode, self.host)
+        if h.key in UNTOLD:
+            return self.untold(place, h, use, host)
+        got = answer(h.carrier, h.key, mode, host=host, variant=use.variant)
         if got.level is VerdictLevel.OK:
             return None
+        whole = answer(h.carrier, h.key, mode, host=host, variant="whole").level if use.sized else got.level
+        verdict = VerdictLevel.WARN if whole is not VerdictLevel.BLOCK is got.level else got.level
         how = "without offload" if mode is OffloadMode.NONE else f"with {mode.value} offload"
+        how += f" if {NOUNS[h.kind]} must be split" if verdict is not got.level else ""
         origin = "" if h.origin == place else f", from {h.origin}"
         cause = got.cause or "no measurement or document covers it"
         message = (
             f"{h.label} ({HOLDERS[h.carrier]} in {NOUNS[h.kind]}{origin}) {SAID[got.level]} {how}: {cause}.{behind}"
         )
-        level = Level.BLOCK if got.level is VerdictLevel.BLOCK else Level.WARNING
+        level = Level.BLOCK if verdict is VerdictLevel.BLOCK else Level.WARNING
         if action != "block":
             level = Level.NOTE if action == "report" else Level.WARNING
             message += f" The check is set to {action}, so the graph goes on."
-        texts = (r.text for r in offered(h.carrier, h.key, mode, host=host, variant=variant))
         data = {
             "carrier": h.carrier.value,
             "format": h.key,
             "mode": mode.value,
             "host": host.value,
-            "verdict": got.level.value,
+            "verdict": verdict.value,
             "from": h.origin.node_id,
         }
-        code = "offload-conflict" if got.level is VerdictLevel.BLOCK else "offload"
-        return Finding(level, code, place, message, tuple(_named(text, h.origin) for text in texts), data)
+        code = "offload-conflict" if verdict is VerdictLevel.BLOCK else "offload"
+        return Finding(level, code, place, message, self.ways_out(place, h, use, host), data)
+
+    def untold(self, place: NodePlace, h: Held, use: Use, host: HostName) -> Finding | None:
+        """A format that is chosen when the graph runs; None where none of them is stopped."""
+        levels = {f: answer(h.carrier, f, use.mode, host=host, variant=use.variant).level for f in format_ids()}
+        stopped = [f for f, level in levels.items() if level is VerdictLevel.BLOCK]
+        if not stopped:
+            return None
+        how = "without offload" if use.mode is OffloadMode.NONE else f"with {use.mode.value} offload"
+        origin = "" if h.origin == place else f", from {h.origin}"
+        message = (
+            f"{h.label} ({HOLDERS[h.carrier]} in {NOUNS[h.kind]}{origin}) is known when the graph runs, so it was not "
+            f"judged; some formats cannot run {how}, such as {', '.join(stopped[:3])}."
+        )
+        remedy = f"Choose the format in {h.origin} to have it judged, or set its `carrier` to quantwire."
+        return Finding(Level.NOTE, "not-judged", place, message, (remedy,), {"from": h.origin.node_id})
+
+    def ways_out(self, place: NodePlace, h: Held, use: Use, host: HostName) -> tuple[str, ...]:
+        """Those of the table that this file's host has, with this file's nodes named."""
+        ways = offered(h.carrier, h.key, use.mode, host=host, variant=use.variant)
+        texts = [_in_file(way, h) for way in ways if host is self.host or way.kind in ANYWHERE]
+        if any(n.class_type == COMPAT for n in self.graph.nodes.values()):
+            return tuple(texts)
+        new = f"in an OffloadCompat that you put before {place}"
+        return tuple(text.replace("in OffloadCompat", new) for text in texts)
 
     def tell_of_auto(self, node: Node, stream: Stream) -> None:
         """Mode `auto` is known when the graph runs; a note where some mode of the host would stop it."""
@@ -261,22 +344,39 @@ class Flow:
 
     def check_mode(self, node: Node) -> None:
         """What OffloadCompat refuses whatever it is given: a mode that the host does not have, or cannot set."""
-        mode = self.mode_of(node, Stream())
-        if mode is None or node.values.get("mode") == AUTO:
-            return
-        if mode not in HOST_MODES[self.host] and node.values.get("action") != "report":
+        value = self.graph.literal(node, "mode", AUTO)
+        mode = next((m for m in OffloadMode if value == m.value), None)
+        told = mode is not None and self.graph.literal(node, "action", "block") != "report"
+        if mode is not None and mode not in HOST_MODES[self.host] and told:
             message = f"{CALLED[self.host]} has no offload mode {mode.value}."
             remedy = f"Its modes: {', '.join(m.value for m in HOST_MODES[self.host])}, or auto."
             self.findings.append(Finding(Level.ERROR, "bad-mode", node.place, message, (remedy,)))
-        elif self.host is HostName.COMFYUI and node.values.get("set_mode") is True:
+        elif self.host is HostName.COMFYUI and self.sets_mode(node):
             message = "set_mode is on, but ComfyUI chooses its mode when it starts."
             self.findings.append(Finding(Level.ERROR, "bad-mode", node.place, message, ("Turn set_mode off.",)))
 
 
-def _named(remedy: str, origin: NodePlace) -> str:
-    """The table's texts name QuantizeModel; here the node is known."""
-    own = origin.class_type in (*QUANTIZERS, *OWN_LOADERS)
-    return remedy.replace("of QuantizeModel", f"of {origin}") if own else remedy
+def _in_file(way: Remedy, h: Held) -> str:
+    """The table's texts name the pack's nodes; here it is known which nodes the file has.
+
+    What foreign or GGUF files hold has no widget for its format, so a Quantize node must make it anew.
+    """
+    (carrier, key, _, _), own = way.cell, h.origin.class_type
+    why = way.text.partition(": ")[2]
+    if way.kind not in ANYWHERE or (way.kind is RemedyKind.CARRIER and h.key == f"comfyui-{key}"):
+        return way.text
+    if carrier is Carrier.HOST:
+        return f"Load a file in ComfyUI's own format {key} with ComfyUI's own loader: the host streams such layers."
+    if way.kind is RemedyKind.CARRIER and key == h.key and own in WITH_CARRIER:
+        return f"Set `carrier` of {h.origin} to {carrier.value}: {why}"
+    if own in WITH_FORMAT:
+        held = f"`carrier` to {carrier.value} and " if carrier is not h.carrier else ""
+        return f"Set {held}`format` to {key} in {h.origin}: {why}"
+    quantizer = next((name for name, kind in QUANTIZERS.items() if kind == h.kind), "QuantizeModel")
+    return (
+        f"Load the full-precision model and put {quantizer} behind it, with carrier {carrier.value} and format {key}: "
+        f"{why}"
+    )
 
 
 def other(host: HostName) -> HostName:
@@ -286,18 +386,6 @@ def other(host: HostName) -> HostName:
 def host_of(mode: OffloadMode, host: HostName) -> HostName:
     """The host that has a mode: the one asked for if it has it."""
     return host if mode in HOST_MODES[host] else other(host)
-
-
-def _variant(node: Node, mode: OffloadMode) -> str | None:
-    """How an OffloadCompat means its mode to be carried out; None where its widgets do not tell."""
-    if mode in (OffloadMode.PARTIAL, OffloadMode.BALANCED):
-        return None
-    names = {OffloadMode.SEQUENTIAL: ("keep_on",), OffloadMode.GROUP: ("keep_on", "group_level", "use_stream")}
-    given = {name: node.values[name] for name in names.get(mode, ()) if name in node.values}
-    try:
-        return OffloadSettings(mode, **given).variant if mode in names else ""
-    except (QuantwireError, TypeError):  # the node refuses such a value itself
-        return None
 
 
 def _expected(node: Node, name: str, node_type: NodeType | None) -> set[str] | None:

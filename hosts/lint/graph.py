@@ -10,6 +10,15 @@ from typing import Any
 from ..standalone.workflow import Link, NodePlace, Prompt, PromptNode, as_link
 
 MOST_CHARACTERS = 1000
+# ComfyUI's nodes that hand on what is in their input `value`, and its type.
+PRIMITIVES = {
+    "PrimitiveString": "STRING",
+    "PrimitiveStringMultiline": "STRING",
+    "PrimitiveInt": "INT",
+    "PrimitiveFloat": "FLOAT",
+    "PrimitiveBoolean": "BOOLEAN",
+}
+UNKNOWN: Any = object()  # a value that some node makes when the graph runs
 
 
 class Level(str, Enum):
@@ -107,6 +116,17 @@ class Graph:
             links = {name: list(link) for name, link in node.links.items()}
             nodes[node.id] = PromptNode(node.id, node.class_type, {**node.values, **links}, node.title)
         return Prompt(nodes, source)
+
+    def literal(self, node: Node, name: str, default: Any = None) -> Any:
+        """The value of an input, also from a primitive node; UNKNOWN from any other, the default where it has none."""
+        passed: set[str] = set()
+        while (link := node.links.get(name)) is not None:
+            source = self.nodes.get(link.node_id)
+            if source is None or source.class_type not in PRIMITIVES or source.id in passed:
+                return UNKNOWN
+            passed.add(source.id)
+            node, name, default = source, "value", UNKNOWN
+        return UNKNOWN if name in node.filled else node.values.get(name, default)
 
     def order(self) -> list[str]:
         """Ids, sources before the nodes that they feed; nodes on a cycle and behind it are left out."""

@@ -10,7 +10,7 @@ from typing import Any
 from ...quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
 from ...quantizers.errors import QuantwireError
 from .. import use
-from ..standalone.host import StandaloneHost
+from ..standalone.folders import ModelFolders
 from ..standalone.workflow import parse_workflow, read_json
 from .catalog import Catalog, NodeType, core_nodes, foreign
 from .check import Checks, embedded, outputs
@@ -33,6 +33,7 @@ class Options:
         find_models: False where the machine that checks has none.
         known: patterns of node ids that are there, whoever brings them.
         server: a server's node types.
+        strict: an unknown node is an error, whether it may be a pack's or not.
     """
 
     offload: OffloadMode | None = None
@@ -41,6 +42,7 @@ class Options:
     find_models: bool = True
     known: tuple[str, ...] = ()
     server: Mapping[str, NodeType] | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,9 @@ class Linter:
 
         self.own = frozenset(pack)
         self.classes = {**CORE_NODES, **pack}
-        self._models = StandaloneHost(self.options.models)
+        self._models = ModelFolders(self.options.models)
         self._files = ModelFiles(self._models)
-        with use(self._models):
-            self._catalog = Catalog(pack, CORE_NODES, self.options.server)
-            for name in self.classes:
-                self._catalog.find(name)
+        self._catalog = Catalog(pack, CORE_NODES, self.options.server)
 
     def check(self, path: Path, given: bool = True) -> FileReport:
         """Never raises for what a file holds.
@@ -97,6 +96,9 @@ class Linter:
                 return FileReport(path, (note,))
             with use(self._models):
                 return self._check(path, data)
+        except OSError as err:
+            message = f"cannot be checked: {err}"
+            return FileReport(path, (Finding(Level.ERROR, "unreadable", None, message),))
         except QuantwireError as err:
             first, _, rest = str(err).removeprefix(f"{path}: ").partition("\n")
             remedies = tuple(shortened(line, 300) for line in rest.splitlines()[:3])
@@ -111,8 +113,10 @@ class Linter:
         flow = Flow(graph, self._catalog, Sources(graph, self._files), host, self.options.offload, live)
         findings += flow.run()
         files = self._files if self.options.find_models else None
-        checks = Checks(graph, self._catalog, self.classes, self.own, host, self.options.known, files, live)
-        found = list(checks.run())
+        checks = Checks(
+            *(graph, self._catalog, self.classes, self.own, host, self.options.known, files, live, self.options.strict)
+        )
+        found = checks.run()
         if host is HostName.STANDALONE:
             missing = {
                 (f.place.node_id, str(f.data["input"]))

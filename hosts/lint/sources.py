@@ -27,12 +27,15 @@ from ...quantizers.spec import QuantSpec
 from ..standalone.workflow import Link, NodePlace
 from .catalog import MULTIGPU, NodeType
 from .files import ModelFiles
-from .graph import Graph, Node
+from .graph import UNKNOWN, Graph, Node
 
 # Words that the pack's nodes write into workflow files.
 FROM_CONFIG, NONE, ALL = "from config", "none", "all"
 QUANTIZERS = {"QuantizeModel": "MODEL", "QuantizeTextEncoder": "CLIP", "QuantizeControlNet": "CONTROL_NET"}
 GGUF_UNKNOWN = "gguf-unknown"  # a GGUF file that is not here: the table's patterns cover every type
+LINKED = "linked"  # a format that another node chooses
+# Keys of no format, and how a message names them.
+UNTOLD = {AUTO: "format auto", LINKED: "a format from a link"}
 NF4_LOADERS = ("CheckpointLoaderNF4", "UNETLoaderNF4")
 NUNCHAKU = ("NunchakuFluxDiTLoader", "NunchakuQwenImageDiTLoader")
 NUNCHAKU_KEY = "nunchaku-svdq"
@@ -51,7 +54,7 @@ class Held:
 
     Attributes:
         kind: MODEL, CLIP, VAE or CONTROL_NET.
-        key: how the compatibility table names them.
+        key: how the compatibility table names them; one of `UNTOLD` where the format is chosen when the graph runs.
         label: how a message names them.
         origin: the node that made or loaded them.
     """
@@ -96,8 +99,14 @@ class Sources:
 
     def quantized(self, node: Node, kind: str) -> tuple[Held, ...]:
         carrier = carrier_of(node)
-        found = formats(self.graph, node)
-        return tuple(Held(kind, carrier, f, f, node.place) for f in found) if carrier is not None else ()
+        if carrier is None:
+            return ()
+        found = {f: f for f in formats(self.graph, node)}
+        chosen = self.graph.literal(node, "format")
+        if chosen == AUTO or chosen is UNKNOWN:
+            key = AUTO if chosen == AUTO else LINKED
+            found[key] = UNTOLD[key]
+        return tuple(Held(kind, carrier, f, label, node.place) for f, label in found.items())
 
     def gguf(
         self, node: Node, kind: str, folders: Mapping[str, str], carrier: Carrier | None, prefix: str
@@ -153,14 +162,14 @@ def carrier_of(node: Node) -> Carrier | None:
 def formats(graph: Graph, node: Node) -> list[str]:
     """Every format that a Quantize node may make, as far as the file tells; `auto` tells none."""
     found: dict[str, None] = {}
-    chosen = node.values.get("format") if "format" not in node.links else None
+    chosen = graph.literal(node, "format")
     specs = list(configs(graph, node))
     if chosen == FROM_CONFIG:
         found |= {s.format_id: None for s in specs if isinstance(s, QuantSpec)}
-    elif isinstance(chosen, str) and chosen != AUTO and is_format(chosen) and not _overruled(node):
+    elif isinstance(chosen, str) and chosen != AUTO and is_format(chosen) and not _overruled(graph, node):
         found[chosen] = None
     targets = [rule.target for s in specs for rule in (s.rules if isinstance(s, QuantSpec) else parsed_rules(s))]
-    per_encoder = node.values.get("per_encoder")
+    per_encoder = graph.literal(node, "per_encoder")
     targets += [rule.target for rule in parsed_rules(per_encoder)] if isinstance(per_encoder, str) else []
     for target in targets:
         spec = parsed_uri(target) if target.lower() != KEEP else None
@@ -168,9 +177,9 @@ def formats(graph: Graph, node: Node) -> list[str]:
     return list(found)
 
 
-def _overruled(node: Node) -> bool:
+def _overruled(graph: Graph, node: Node) -> bool:
     """Whether the one encoder that is quantized has a format of its own."""
-    which, text = node.values.get("encoders", ALL), node.values.get("per_encoder")
+    which, text = graph.literal(node, "encoders", ALL), graph.literal(node, "per_encoder")
     return which != ALL and isinstance(text, str) and any(rule.pattern == which for rule in parsed_rules(text))
 
 
@@ -181,14 +190,15 @@ def configs(graph: Graph, node: Node) -> Iterator[QuantSpec | str]:
     while link is not None and link.node_id not in seen and link.node_id in graph.nodes:
         seen.add(link.node_id)
         source = graph.nodes[link.node_id]
-        if source.class_type == "QuantConfig" and isinstance(source.values.get("uri"), str):
-            spec = parsed_uri(source.values["uri"])
+        uri, rules = graph.literal(source, "uri"), graph.literal(source, "rules")
+        if source.class_type == "QuantConfig" and isinstance(uri, str):
+            spec = parsed_uri(uri)
             if spec is not None:
                 yield spec
         if source.class_type != "QuantRules":
             return
-        if isinstance(source.values.get("rules"), str):
-            yield source.values["rules"]
+        if isinstance(rules, str):
+            yield rules
         link = source.links.get("config")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .catalog import DYNAMIC, NodeType
+from .catalog import DYNAMIC, NodeType, is_widget
 
 CONTROL = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
 
@@ -47,6 +47,9 @@ def _by_class(values: Sequence[Any], node_type: NodeType) -> tuple[dict[str, Any
             break
         named[i.name] = values[at]
         at += 1
+        if not is_widget(i.type):  # one of the editor's own, which may have more values, or none
+            del named[i.name]
+            break
         if i.control and at < len(values) and values[at] in CONTROL:
             at += 1
     return named, tuple(values[at:])

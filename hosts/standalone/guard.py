@@ -32,9 +32,11 @@ def check_before(model: Any) -> None:
     Raises:
         OffloadConflict: the guard on it found that it cannot run as it is now.
     """
-    if model.guard is not None:
-        mode, variant = offload_now(model)
-        model.guard(offload.modules_of(model), mode, variant)
+    if model.guard is None:
+        return
+    modules, now = components_of(model), components_now(model)
+    for state in dict.fromkeys(now.values()):
+        model.guard({name: module for name, module in modules.items() if now[name] == state}, *state)
 
 
 def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
@@ -43,3 +45,13 @@ def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
         return offload.offload_now(model)
     modules = offload.modules_of(model) if hasattr(model, "guard") else components_of(model)
     return installed(modules.values()) or (OffloadMode.NONE, "")
+
+
+def components_now(model: Any) -> dict[str, tuple[OffloadMode, str | None]]:
+    """`offload_now` of each component by itself: one that is offloaded says nothing about those beside it."""
+    is_set = getattr(model, "offload", None) is not None
+    told = {id(module): state for module, state in offload.modules_now(model)} if is_set else {}
+    return {
+        name: told.get(id(module)) or installed([module]) or (OffloadMode.NONE, "")
+        for name, module in components_of(model).items()
+    }

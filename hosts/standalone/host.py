@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +14,24 @@ from ...quantizers.apply import make_layer
 from ...quantizers.auto import DeviceFacts
 from ...quantizers.choices import LoraMode, OnFailure
 from ...quantizers.compat.modes import Carrier, OffloadMode
-from ...quantizers.errors import FileError, SpecError
+from ...quantizers.errors import SpecError
 from ...quantizers.memory import device_facts
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
-from ..base import missing, path_inside
+from ..base import path_inside
 from ..modules import with_layers
 from ..objects import components_of
 from ..record import Recorder
+from .folders import ModelFolders
 
 if TYPE_CHECKING:
     from ...quantizers.compat.guard import Guard
     from ...quantizers.compat.remedies import Space
     from ..offload import OffloadSettings
 
-PACK_ROOT = Path(__file__).resolve().parents[2]
-# ComfyUI's folder names, and the older names that it still searches.
-ALIASES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 
-
-class StandaloneHost:
+class StandaloneHost(ModelFolders):
     """The host of `quantwire run`.
 
     Args:
@@ -44,27 +40,9 @@ class StandaloneHost:
         output: where SaveImage and PreviewImage write.
     """
 
-    name = "standalone"
-
     def __init__(self, models: Sequence[Path] | None = None, output: Path = Path("out")) -> None:
-        self.models = list(models) if models else default_model_folders()
+        super().__init__(models)
         self.output = output
-
-    def list_files(self, folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-        found = {name for root in self._roots(folder) for name in _files_below(root)}
-        return sorted(n for n in found if not suffixes or n.lower().endswith(suffixes))
-
-    def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
-        for root in self._roots(folder):
-            # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
-            path = Path(os.path.normpath(root / name))
-            if path.is_relative_to(os.path.normpath(root)) and path.is_file():
-                return path
-        files = self.list_files(folder, suffixes)
-        searched = ", ".join(str(root) for root in self._roots(folder))
-        if not searched:
-            raise FileError(f"'{name}' cannot be found: there is no folder '{folder}' in {self._shown()}.")
-        raise FileError(missing(name, searched, files, suffixes))
 
     def components(self, model: Any) -> dict[str, nn.Module]:
         from .models import DiffusionModel
@@ -97,9 +75,6 @@ class StandaloneHost:
         from .models import load_gguf
 
         return load_gguf(path, carrier, self.make_layer, self.progress, cache_mib)
-
-    def text_encoder_types(self) -> Mapping[int, Sequence[str]]:
-        return {1: ["stable_diffusion"], 2: ["flux"]}
 
     def load_text_encoder(self, paths: Sequence[Path], kind: str, carrier: Carrier) -> tuple[Any, QuantReport]:
         from .gguf_text import load_text_encoders
@@ -158,6 +133,11 @@ class StandaloneHost:
 
         return offload_now(model)
 
+    def components_now(self, model: Any) -> dict[str, tuple[OffloadMode, str | None]]:
+        from .guard import components_now
+
+        return components_now(model)
+
     def offload_space(self, model: Any) -> Space | None:
         return None  # nothing but `balanced` asks, which has a cap of its own
 
@@ -166,10 +146,12 @@ class StandaloneHost:
 
         return guarded(model, guard)
 
-    def check_offload(self, mode: OffloadMode) -> None:
-        from ..offload import OffloadSettings
+    def check_offload(self, mode: OffloadMode, settings: OffloadSettings | None = None) -> None:
+        super().check_offload(mode, settings)
+        if settings is not None:
+            from .offload.device import check_device, execution_device
 
-        OffloadSettings(mode)
+            check_device(settings, execution_device())
 
     def set_offload(self, model: Any, settings: OffloadSettings) -> Any:
         from .offload import set_offload
@@ -186,29 +168,3 @@ class StandaloneHost:
             for item in items:
                 yield item
                 bar.update(1)
-
-    def _roots(self, folder: str) -> list[Path]:
-        names = ALIASES.get(folder, (folder,))
-        return [root / name for root in self.models for name in names if (root / name).is_dir()]
-
-    def _shown(self) -> str:
-        return ", ".join(str(m) for m in self.models)
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    """Relative paths of the files below a folder, links to folders followed once each."""
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(folder, n).relative_to(root).as_posix() for n in names if not n.startswith("."))
-
-
-def default_model_folders() -> list[Path]:
-    """`QUANTWIRE_MODELS`, `./models`, and the demo models when the pack runs from a source checkout."""
-    given = [Path(p) for p in os.environ.get("QUANTWIRE_MODELS", "").split(os.pathsep) if p]
-    return [*given, Path("models"), PACK_ROOT / "demo" / "models"]

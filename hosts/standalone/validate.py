@@ -3,9 +3,9 @@
 The rules are those of ComfyUI's server, so that a workflow which passes here passes there: what links may join, how
 literals are converted, what VALIDATE_INPUTS replaces. Stricter in these places, each of which would run there with
 another value than the one written, or fail in mid-run: text for a BOOLEAN (`"false"` would count as true), null or an
-object for a STRING, nan or infinity for a FLOAT (nan is below no minimum), a negative output index, a link into an
-input that the node does not have. And one bad branch stops the whole workflow: in a batch run, a silently
-missing output is worse than an error.
+object for a STRING, null for a COMBO also where VALIDATE_INPUTS answers for it (to which null is a link), nan or
+infinity for a FLOAT (nan is below no minimum), a negative output index, a link into an input that the node does not
+have. And one bad branch stops the whole workflow: in a batch run, a silently missing output is worse than an error.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def _range_fault(info: InputSpec, value: Any) -> tuple[str, str] | None:
         among = f"not one of: {', '.join(map(str, choices))}"
     else:
         among = f"not among its {len(choices)} choices"
-    return "value_not_in_list", f"{wrong[0]!r}: {among}.{near(str(wrong[0]), map(str, choices))}"
+    hint = near(str(wrong[0]), map(str, choices)) if wrong[0] is not None else ""  # null is not meant to be `none`
+    return "value_not_in_list", f"{wrong[0]!r}: {among}.{hint}"
 
 
 def _one_line(text: object) -> str:
@@ -266,7 +267,7 @@ class _Checker:
         except ValueError as err:
             self.add(bound.node, name, "invalid_input_type", str(err))
             return
-        fault = _range_fault(info, value) if check_range else None
+        fault = _range_fault(info, value) if check_range or value is None else None
         if fault:
             self.add(bound.node, name, *fault)
 

@@ -174,10 +174,11 @@ def read_json(path: str | Path) -> Any:
 def _json_files_beside(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     names = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
+    shown_folder = "this folder" if folder == Path() else str(folder)  # `.` reads as an end of the sentence
     if not names:
-        return f"\nThere is no .json file in {folder}."
+        return f"\nThere is no .json file in {shown_folder}."
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return f"{near(path.name, names)}\n.json files in {folder}: {shown}"
+    return f"{near(path.name, names)}\n.json files in {shown_folder}: {shown}"
 
 
 def parse_workflow(data: object, source: str = "the workflow") -> Prompt:

@@ -319,7 +319,7 @@ RULES: tuple[Rule, ...] = (
     *_whole(SDNQ),
     *_left(SDNQ),
     _rule(_LIB, SDNQ_WHOLE_BYTES, _DYNAMIC, _WARN, SDNQ_WHOLE),
-    _rule(_LIB, SDNQ, _DYNAMIC, _BLOCK, SDNQ_CAST, raw_error="NotImplementedError: ", note=CPU_NOTE + PLAIN_NOTE),
+    _rule(_LIB, SDNQ, _DYNAMIC, _BLOCK, SDNQ_CAST, raw_error="NotImplementedError", note=CPU_NOTE + PLAIN_NOTE),
     # torchao
     *_whole(TORCHAO, _WARN, TORCHAO_MOVE, "RuntimeError: Attempted to set the storage of a tensor on device"),
     _rule(_LIB, TORCHAO, _PARTIAL, _BLOCK, TORCHAO_COPY, _SPLIT),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from .find_layers import Layer, identify_layer, layer_of
-from .find_tensors import Kind, classes_of, identify_tensor, is_plain
+from .find_tensors import GGUF_COPY, Kind, classes_of, identify_tensor, is_plain
 from .modes import Carrier
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _NNCF_HOOKS = "__nncf_hooks.post_hooks."
 # Classes of ComfyUI-GGUF, which offload treats otherwise than the parameters of diffusers in the same formats.
 _COMFYUI_GGUF = ("GGMLTensor", "GGMLLayer")
+# Classes of packs that move their own layers, whatever the format: what a host's offload does to them is not known.
+_OWN_WAYS = ("CustomLinear", GGUF_COPY)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Found:
         """How the table names it: the format id, or a state that behaves otherwise."""
         if not self.frozen:
             return "quanto-unfrozen"
+        if self.kind in _OWN_WAYS:
+            return f"other-{self.format_id}"
         return f"comfyui-{self.format_id}" if self.kind in _COMFYUI_GGUF else self.format_id
 
 

@@ -29,6 +29,9 @@ _LAYOUTS = {
 }
 
 
+GGUF_COPY = "GGUFParameter (not diffusers')"
+
+
 class Kind(NamedTuple):
     """A quantized weight: who holds it, in which format, and the class that does."""
 
@@ -47,6 +50,8 @@ def identify_tensor(tensor: object) -> Kind | None:
     for name, packages, format_id in _RULES:
         if name in classes and defined_in(classes[name], packages):
             return _kind(cls, format_id(tensor))
+    if "GGUFParameter" in classes:  # packs have copies of diffusers' class, in layers of their own
+        return Kind(Carrier.LIBRARY, gguf_id(getattr(tensor, "quant_type", None)), GGUF_COPY)
     if "QuantizedTensor" in classes and defined_in(classes["QuantizedTensor"], _COMFY):
         ours = getattr(getattr(tensor, "_params", None), "format_id", None)
         if isinstance(ours, str):
@@ -112,7 +117,7 @@ _RULES: tuple[tuple[str, tuple[str, ...], Callable[[object], str]], ...] = (
     ("Params4bit", ("bitsandbytes.",), lambda p: f"bnb-{getattr(p, 'quant_type', 'unknown')}"),
     ("Int8Params", ("bitsandbytes.",), lambda p: "bnb-int8"),
     ("QTensor", QUANTO, _of("qtype", quanto_id)),
-    ("GGUFParameter", (), _of("quant_type", gguf_id)),
+    ("GGUFParameter", ("diffusers.",), _of("quant_type", gguf_id)),
     ("SDNQTensor", SDNQ, _of("sdnq_dequantizer", sdnq_id)),
     ("BFLQuantizedParameter", ("diffusers.",), lambda p: f"bfl-{getattr(p, 'quant_type', 'unknown')}".lower()),
 )

@@ -8,16 +8,17 @@ Checking at every step was not chosen: neither the modules nor the host's mode c
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from ..errors import OffloadConflict
-from .find import find_carriers
+from .find import Found, find_carriers
+from .installed import installed
 from .modes import HostName, OffloadMode, VerdictLevel
 from .remedies import Space
-from .rules import Verdict, check, explain
+from .rules import Verdict, check, explain, ways_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LATE = "Found right before the model ran: it was changed after OffloadCompat, or the host's memory mode was."
 _REMEMBERED = 16  # components and modes: a graph runs a few models in turn, each before and after it is loaded
+_WHOLE = (OffloadMode.BALANCED, "whole")
 Verdicts = dict[str, list[Verdict]]
 
 
@@ -63,11 +65,11 @@ class Guard:
         Raises:
             OffloadConflict: action is block, and a component cannot run so.
         """
-        known, now = (*components, mode, variant), fingerprint(components)
-        if self._passed.get(known) == now:
-            return
-        self.act(self.examine(components, mode, variant, space), LATE)
-        self._remember(known, now)
+        now = {name: fingerprint({name: module}) for name, module in components.items()}
+        changed = {n: m for n, m in components.items() if self._passed.get((n, mode, variant)) != now[n]}
+        if changed:
+            self.act(self.examine(changed, mode, variant, space), LATE)
+            self._remember(now, mode, variant)
 
     def examine(
         self, components: Mapping[str, nn.Module], mode: OffloadMode, variant: str | None, space: Space | None = None
@@ -76,17 +78,33 @@ class Guard:
 
         With a chosen mode, what the host does adds only what is worse than ok: the report is about the chosen one.
         """
-        chosen = (self.mode, self.variant) if self.mode is not None else (mode, variant)
-        if chosen == (mode, None):
-            chosen = (mode, variant)
-        found = {name: find_carriers(module) for name, module in components.items()}
+        now, chosen = (mode, variant), (mode, variant) if self.mode is None else (self.mode, self.variant)
+        # Whether balanced offload splits a component is told by its size, and not by the user.
+        if self.mode is mode and (self.variant is None or now == _WHOLE):
+            chosen = now
         verdicts: Verdicts = {}
-        for name, layers in found.items():
-            verdicts[name] = check(layers, chosen[0], host=self.host, variant=chosen[1], space=space)
-            if chosen[0] is not mode:
-                now = check(layers, mode, host=self.host, variant=variant, space=space)
-                verdicts[name] += [v for v in now if v.level in (VerdictLevel.BLOCK, VerdictLevel.WARN)]
+        for name, module in components.items():
+            layers = find_carriers(module)
+            verdicts[name] = self._judge(module, layers, *chosen, space)
+            if chosen != now:
+                done = self._judge(module, layers, *now, space)
+                verdicts[name] += [v for v in done if v.level in (VerdictLevel.BLOCK, VerdictLevel.WARN)]
         return {name: of_one for name, of_one in verdicts.items() if of_one}
+
+    def _judge(
+        self,
+        module: nn.Module,
+        layers: Sequence[Found],
+        mode: OffloadMode,
+        variant: str | None,
+        space: Space | None,
+    ) -> list[Verdict]:
+        """Balanced offload of a component that fits: accelerate puts its hooks on all the same, which is what the table
+        measures. Without hooks, as in the embedded host, the component moves as in mode model."""
+        if (mode, variant) != _WHOLE or installed((module,)) is not None:
+            return check(layers, mode, host=self.host, variant=variant, space=space)
+        moved = check(layers, OffloadMode.MODEL, host=self.host, variant="", space=space)
+        return [replace(v, mode=mode, variant=variant) for v in moved]
 
     def act(self, verdicts: Verdicts, note: str = "") -> None:
         """Stop, warn or say nothing, as the action is.
@@ -103,16 +121,18 @@ class Guard:
         for name, of_one in verdicts.items():
             for verdict in of_one:
                 if self.action is not Action.REPORT and verdict.level is not VerdictLevel.OK:
-                    log.warning("%s: %s", name, verdict.headline)
+                    log.warning("%s", "\n".join([f"{name}: {verdict.headline}", *ways_out(verdict)]))
 
     def passed(self, components: Mapping[str, nn.Module], mode: OffloadMode, variant: str | None) -> None:
         """Remember components that were examined and let through."""
-        self._remember((*components, mode, variant), fingerprint(components))
+        self._remember({name: fingerprint({name: module}) for name, module in components.items()}, mode, variant)
 
-    def _remember(self, key: object, state: int) -> None:
-        if len(self._passed) >= _REMEMBERED and key not in self._passed:
-            self._passed.pop(next(iter(self._passed)))
-        self._passed[key] = state
+    def _remember(self, states: Mapping[str, int], mode: OffloadMode, variant: str | None) -> None:
+        for name, state in states.items():
+            key = (name, mode, variant)
+            if len(self._passed) >= _REMEMBERED and key not in self._passed:
+                self._passed.pop(next(iter(self._passed)))
+            self._passed[key] = state
 
 
 def fingerprint(components: Mapping[str, nn.Module]) -> int:

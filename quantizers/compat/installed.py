@@ -34,13 +34,13 @@ def _of(module: nn.Module) -> Installed | None:
     streamed: list[Any] = []
     whole = False
     for part in hooked:
-        for hook in _hooks(part):
-            name = type(hook).__name__
-            if name == "CpuOffload":
-                whole = True
-            elif name == "AlignDevicesHook":
-                holding += bool(hook.offload) or any(True for _ in part.parameters(recurse=False))
-                streamed += [hook] if hook.offload else []
+        hooks = list(_hooks(part))
+        whole = whole or any(type(hook).__name__ == "CpuOffload" for hook in hooks)
+        # One or none a module: cpu_offload puts a second hook on the outermost one, which only moves inputs.
+        aligning = [hook for hook in hooks if type(hook).__name__ == "AlignDevicesHook"]
+        offloading = [hook for hook in aligning if hook.offload][:1]
+        streamed += offloading
+        holding += bool(offloading) or (bool(aligning) and any(True for _ in part.parameters(recurse=False)))
     if streamed:
         disk = any(_on_disk(hook.weights_map) for hook in streamed)
         if len(streamed) < holding:

@@ -1,7 +1,7 @@
 """The compatibility table: what happens to each carrier and format under each offload mode of each host.
 
 Claims (`standalone_rules`, `comfyui_rules`) and measurements (`measured.json`, written by `quantwire compat --probe`)
-are kept apart and joined here into one row a cell. A row is "probed" only where a probe ran that very cell; a probe
+are kept apart and joined here into one row a cell. A row is "probed" only where a probe or test ran that very cell; one
 that disagrees with a claim fails the build. Verdicts worked out by code were not chosen: nobody can check those against
 the libraries one by one.
 
@@ -72,7 +72,7 @@ def measured() -> Mapping[str, Measured]:
 
 def forget() -> None:
     """Read the table anew at its next use, after `measured.json` was written."""
-    for cached in (_rules, measured, rows, find_row):
+    for cached in (_rules, _keys, measured, rows, find_row):
         cached.cache_clear()
 
 
@@ -104,13 +104,19 @@ def find_row(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, v
     seen = measured().get(cell.key) if host is HostName.STANDALONE else None
     if seen is not None and seen.outcome == "skipped":
         seen = None
-    evidence: Evidence = "probed" if seen is not None or rule.probed else "documented" if rule.source else "none"
-    source, versions, raw_error = rule.source, rule.versions, rule.raw_error
+    listed = key in _keys(host)[carrier]
+    by_test = rule.probed and listed
+    evidence: Evidence = "probed" if seen is not None or by_test else "documented" if rule.source else "none"
+    source, versions, raw_error, observed = rule.source, rule.versions, rule.raw_error, ""
     if seen is not None:
-        source, versions, raw_error = PROBES, str(seen), seen.error
+        source, versions, raw_error, observed = PROBES, str(seen), seen.raw_error, seen.observed
     elif evidence == "none" and (twin := _twin(rule, cell)) is not None:
-        evidence, source = "documented", f"measured with {twin[0]}, whose layers are of the same classes"
-        versions, raw_error = str(twin[1]), twin[1].error
+        evidence, source = "documented", f"measured with {twin[0]}, which is not this format"
+        versions, raw_error, observed = str(twin[1]), twin[1].raw_error, twin[1].observed
+    elif rule.probed and not listed:
+        others = (k for k in _keys(host)[carrier] if rule.covers(carrier, k, mode, host, variant))
+        evidence = "documented"
+        source = f"{rule.source}: measured with {next(others, 'other formats')}, which is not this format"
     return Row(
         carrier,
         key,
@@ -125,6 +131,7 @@ def find_row(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, v
         versions,
         rule.note,
         rule.needs,
+        observed if rule.verdict is not VerdictLevel.OK else "",
     )
 
 
@@ -157,7 +164,8 @@ def answer(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, var
     cause = first.cause if first is not None else ""
     if len(set(levels.values())) > 1 and worst is VerdictLevel.BLOCK and mode not in _SPLITTING:
         stops, runs = ([n for n, level in levels.items() if (level is worst) is stopped] for stopped in (True, False))
-        text = f"it runs as {_listed(runs)} and stops as {_listed(stops)}: {cause}"
+        may = "runs" if VerdictLevel.OK in levels.values() else "may run"
+        text = f"it {may} as {_listed(runs)} and stops as {_listed(stops)}: {cause}"
         return Answer(VerdictLevel.WARN, text, found)
     return Answer(worst, cause, tuple(row for row in found if row.verdict is worst))
 
@@ -169,6 +177,7 @@ def probe_cells() -> list[Cell]:
     return [Cell(c, key, mode, v) for c, ks in keys.items() for key in ks for mode in modes for v in VARIANTS[mode]]
 
 
+@functools.cache
 def _keys(host: HostName) -> dict[Carrier, list[str]]:
     """The formats and states whose cells make up the table, by carrier."""
     from ..registry import format_ids

@@ -49,8 +49,10 @@ HOSTS = {
         "stream.\n\n"
         'A machine without an accelerator stands in for one: accelerate takes `torch.device("cpu")` for a compute '
         'device and keeps what is mapped to `"cpu"` or `"disk"` away from it, so weights really leave and come '
-        "back. In model mode the move is from the CPU to the CPU there. Group offloading's own "
-        "transfer is run once with a copy as what was moved, and a part that does not follow is a block.",
+        "back. In model mode every `to(device)` of the hook is made to copy there, and group offloading's own "
+        "transfer is run once with a copy as what was moved; a part that does not follow would have stayed on the "
+        "other device. Layers are made on the CPU. Between passes no layer may hold its whole weight beside what was "
+        "kept away, and with what was kept away set to zeros the output must change.",
     ),
     HostName.COMFYUI: (
         "ComfyUI",
@@ -116,22 +118,22 @@ def _mark(row: Row) -> str:
 
 def _reasons(own: Sequence[Row]) -> str:
     """One line for each cause and error that blocks or warns."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for row in own:
         if row.verdict in (VerdictLevel.BLOCK, VerdictLevel.WARN):
-            groups.setdefault((row.carrier.value, row.cause, row.raw_error, row.note), []).append(row)
+            groups.setdefault((row.carrier.value, row.cause, row.raw_error, row.observed, row.note), []).append(row)
     if not groups:
         return "Nothing."
-    head = ["formats", "modes", "cause", "the library's own error", "ways out"]
+    head = ["formats", "modes", "cause", "the library's own error, or what was measured", "ways out"]
     body = [
         [
             f"{carrier}: {_formats(dict.fromkeys(r.format_id for r in found))}",
             "; ".join(dict.fromkeys(f"{r.mode.value} {r.variant}".strip() for r in found)),
             f"{cause}. {note}".strip(),
-            f"`{_cell(error)}`" if error else "",
+            f"`{_cell(error)}`" if error else _cell(observed),
             " ".join(remedy.text for remedy in found[0].remedies[:2]),
         ]
-        for (carrier, cause, error, note), found in groups.items()
+        for (carrier, cause, error, observed, note), found in groups.items()
     ]
     return _table(head, body)
 

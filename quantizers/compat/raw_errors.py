@@ -55,6 +55,8 @@ class Signature:
         formats: patterns of the formats that fail so, a concrete one first.
         cause: one sentence without its full stop.
         kind: what it becomes; in a mode that offloads always an OffloadConflict.
+        devices: tensors that a call needs are on different devices. Without offload that is a caller's own mistake,
+            unless the layer that it stopped in has its own tensors on more than one.
         versions: those that raised it when it was measured.
     """
 
@@ -66,6 +68,7 @@ class Signature:
     cause: str
     kind: type[QuantwireError] = OffloadConflict
     versions: str = ""
+    devices: bool = False
 
 
 _REBUILT = "the weight is rebuilt from its class and data alone, which drops "
@@ -260,5 +263,6 @@ SIGNATURES: tuple[Signature, ...] = (
         "its weight, or a part of it, and its input are on different devices; " + _LOST,
         versions="torch 2.13.0 (`Expected all tensors` from compiled operators, `Tensor on device` from those in "
         "Python) with optimum-quanto 0.2.2 to 0.2.7, diffusers 0.42.1, torchao 0.18.0, comfy-kitchen 0.2.40",
+        devices=True,
     ),
 )

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..registry import format_ids, get_entry, is_format
-from .comfyui_rules import LAUNCH_FLAGS
+from .comfyui_rules import GATHERED, LAUNCH_FLAGS, LOADED, STREAMED, LaunchFlag
 from .find import Found
 from .matrix import answer
 from .modes import VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
 from .row import Cell
 
 LIMIT = 3
+MOST_BITS = 1.5  # of a format that is offered, for each bit of the one that stops: twice the size is no way out
 _FOREIGN = "comfyui-"  # tensors that another pack made of a file that ours reads too
 _UNFROZEN = "quanto-unfrozen"
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -172,24 +173,21 @@ def _concrete(mode: OffloadMode, variant: str | None, host: HostName) -> tuple[s
 def _carriers(c: _Conflict) -> Iterator[Remedy]:
     if c.carrier is Carrier.QUANTWIRE:
         return
-    why = "the same numbers in plain tensors, which every kind of offload can move"
+    why = "the same values in plain tensors, which every mode can move"
     if c.key.startswith(_FOREIGN):
         text = (
-            "Load the same file with LoadGGUF (text encoders: LoadGGUFTextEncoder) and carrier quantwire in place of "
-            f"ComfyUI-GGUF's loader: {why}."
+            "Load the same file with carrier quantwire (LoadGGUF; text encoders: LoadGGUFTextEncoder), not with "
+            f"ComfyUI-GGUF: {why}."
         )
     elif c.format_id.startswith("gguf-"):
-        text = f"Set `carrier` to quantwire in LoadGGUF or QuantizeModel: {why}."
+        text = f"Load or quantize with carrier quantwire (LoadGGUF, QuantizeModel): {why}."
     elif is_format(c.format_id) and get_entry(c.format_id).writes:
-        text = (
-            f"Set `carrier` of QuantizeModel to quantwire and keep format {c.format_id}, from a full-precision model "
-            f"where another tool quantized this one: {why}."
-        )
+        text = f"Quantize with carrier quantwire (QuantizeModel, format {c.format_id}): {why}."
     else:
         near = _nearest(c, format_ids())
         text = (
-            f"Quantize the full-precision model with QuantizeModel, carrier quantwire, format {near}, which has about "
-            "as many bits: plain tensors, which every kind of offload can move."
+            f"Quantize the full-precision model with carrier quantwire (QuantizeModel, format {near}, which has about "
+            "as many bits): plain tensors, which every mode can move."
         )
         yield from _offer(c, RemedyKind.CARRIER, "quantwire", text, carrier=Carrier.QUANTWIRE, key=near)
         return
@@ -273,9 +271,17 @@ def _flags(c: _Conflict) -> Iterator[Remedy]:
             continue
         start = f"with {flag.flag}" if flag.flag else "without options that change its memory mode"
         whole = {OffloadMode.NONE, OffloadMode.PARTIAL} & targets and flag.flag != "--cpu"
-        text = f"Start ComfyUI {start}: it {flag.what}{', so the model must fit the GPU' if whole else ''}."
+        text = (
+            f"Start ComfyUI {start}: it {flag.what}{', so the model must fit the GPU' if whole else _price(c, flag)}."
+        )
         variant = "whole" if flag.mode is OffloadMode.PARTIAL else ""
         yield from _offer(c, RemedyKind.FLAG, flag.flag, text, mode=flag.mode, variant=variant)
+
+
+def _price(c: _Conflict, flag: LaunchFlag) -> str:
+    """What these layers cost in a mode that streams them otherwise than the host's own."""
+    (row, *_) = answer(c.carrier, c.key, flag.mode, host=c.host, variant="").rows
+    return "" if row.cause in (LOADED, STREAMED, GATHERED) else f"; {row.cause}"
 
 
 def _runs(c: _Conflict, mode: OffloadMode) -> bool:
@@ -286,7 +292,8 @@ def _runs(c: _Conflict, mode: OffloadMode) -> bool:
 
 def _formats(c: _Conflict) -> Iterator[Remedy]:
     """The format with the most similar number of bits whose layers, held as now, run under the same offload."""
-    others = [f for f in format_ids() if f != c.format_id]
+    most = _bits(c.format_id) * MOST_BITS
+    others = [f for f in format_ids() if f != c.format_id and get_entry(f).bits <= most]
     if c.carrier is not Carrier.QUANTWIRE:
         able = [f for f in others if list(_offer(c, RemedyKind.FORMAT, f, "", key=f))]
         if able:
@@ -295,7 +302,10 @@ def _formats(c: _Conflict) -> Iterator[Remedy]:
             text = f"Set `format` of QuantizeModel to {near}: {holder} layers run under the same offload."
             yield from _offer(c, RemedyKind.FORMAT, near, text, key=near)
     if c.host is HostName.COMFYUI and c.carrier is Carrier.LIBRARY:
-        near = _nearest(c, [f for f in others if f.startswith("comfy-")])
+        native = [f for f in others if f.startswith("comfy-")]
+        if not native:
+            return
+        near = _nearest(c, native)
         text = f"Load a file in ComfyUI's own format {near} with UNETLoader: the host streams its own layers."
         yield from _offer(c, RemedyKind.FORMAT, near, text, carrier=Carrier.HOST, key=near)
 

@@ -12,6 +12,8 @@ from .modes import Carrier, HostName, OffloadMode, VerdictLevel
 if TYPE_CHECKING:
     from .remedies import Remedy
 
+# What probes raise where a library goes on in silence (`probes.moving`, `probes.held`).
+PROBES_OWN = ("LeftBehind", "KeptNear")
 Evidence = Literal["probed", "documented", "none"]
 Needs = Literal["", "gpu", "comfyui"]
 
@@ -21,8 +23,9 @@ class Rule:
     """What somebody claims of several cells at once. The first rule that covers a cell decides it.
 
     Attributes:
-        formats: format ids; `*` matches any text. Two prefixes are no formats but states of one: `quanto-unfrozen`
-            (quantize() without freeze()) and `comfyui-gguf-*` (ComfyUI-GGUF's own tensor class).
+        formats: format ids; `*` matches any text. Some are no formats but states of one: `quanto-unfrozen`
+            (quantize() without freeze()) and `comfyui-gguf-*` (ComfyUI-GGUF's own tensor class). `other-gguf-*` are
+            layers of packs that move them themselves, which no rule covers.
         variants: as in `VARIANTS`; empty is every one.
         cause: one sentence without its full stop, fit to stand after "cannot run with ... offload: ".
         source: for what no probe of `quantwire compat --probe` measures: test id in this repository, or where it is
@@ -78,7 +81,7 @@ class Measured:
     Attributes:
         outcome: equal: twice the output of the same module without offload, bit by bit. differs: another output.
             error: the library raised. skipped: not run, see `reason`.
-        error: `Type: first line of the message`.
+        error: `Type: first line of the message`; of a type in `PROBES_OWN` where the library raised none.
         libraries: packages that took part.
         device: where it computed.
     """
@@ -90,6 +93,17 @@ class Measured:
     device: str = "cpu"
     versions: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
 
+    @property
+    def raw_error(self) -> str:
+        """The library's own error."""
+        return "" if self.observed else self.error
+
+    @property
+    def observed(self) -> str:
+        """What a probe says in its own words."""
+        kind, _, text = self.error.partition(": ")
+        return text if kind in PROBES_OWN else ""
+
     def __str__(self) -> str:
         named = (f"{name} {self.versions[name]}" for name in self.libraries if name in self.versions)
         return f"{', '.join(named)} on {self.device}"
@@ -97,7 +111,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: a carrier and format under one variant of a mode of one host."""
+    """One cell: a carrier and format under one variant of a mode of one host.
+
+    Attributes:
+        raw_error: how the library's own error begins; empty where it raises none, or nobody saw it.
+        observed: what a probe saw that the library does not say: parts of a weight that stayed when it was moved.
+    """
 
     carrier: Carrier
     format_id: str
@@ -112,6 +131,7 @@ class Row:
     versions: str
     note: str
     needs: Needs
+    observed: str = ""
 
     @property
     def cell(self) -> Cell:
@@ -140,6 +160,7 @@ class Row:
             "remedy": [r.text for r in self.remedies],
             "versions": self.versions,
             "raw_error": self.raw_error,
+            "observed": self.observed,
             "source": self.source,
             "needs": self.needs,
             "note": self.note,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import OffloadConflict
 from .find import Found
 from .matrix import answer
 from .modes import Carrier, HostName, OffloadMode, VerdictLevel
@@ -82,6 +81,7 @@ class Verdict:
             "evidence": row.evidence if row else "none",
             "source": row.source if row else "",
             "raw_error": row.raw_error if row else "",
+            "observed": row.observed if row else "",
             "versions": row.versions if row else "",
             "note": row.note if row else "",
         }
@@ -117,21 +117,14 @@ def explain(verdict: Verdict, component: str) -> str:
     if verdict.row is not None and verdict.row.raw_error:
         first = f" at '{verdict.found.name}'" if verdict.found.name else ""
         lines.append(f"Without this check the library stops{first} with `{verdict.row.raw_error}`.")
-    if verdict.remedies:
-        lines += ["Ways out:", *(f"- {remedy.text}" for remedy in verdict.remedies)]
-    return "\n".join(lines)
+    elif verdict.row is not None and verdict.row.observed:
+        lines.append(f"Measured with a small model: {verdict.row.observed}.")
+    return "\n".join([*lines, *ways_out(verdict)])
 
 
-def raise_on_block(verdicts: Sequence[Verdict], component: str) -> None:
-    """Refuse a component before it runs.
-
-    Raises:
-        OffloadConflict: a verdict is block. Its first line names the component, the format, what holds it, the mode
-            and why.
-    """
-    blocks = [v for v in verdicts if v.level is VerdictLevel.BLOCK]
-    if blocks:
-        raise OffloadConflict("\n".join(explain(v, component) for v in blocks))
+def ways_out(verdict: Verdict) -> list[str]:
+    """Lines, none where there is no way out."""
+    return ["Ways out:", *(f"- {remedy.text}" for remedy in verdict.remedies)] if verdict.remedies else []
 
 
 def _judge(found: Found, mode: OffloadMode, host: HostName, variant: str | None, space: Space | None) -> Verdict:

@@ -52,25 +52,57 @@ _BY_DATA = "diffusers moves a weight by its data alone, which "
 QUANTO_GROUP = _BY_DATA + "a quanto tensor does not follow"
 COMFY_GROUP = _BY_DATA + "a QuantizedTensor does not follow"
 BNB_GROUP = _BY_DATA + "leaves the scales and states that bitsandbytes keeps beside it on the other device"
+BNB_GROUP_STAYS = BNB_GROUP + ": it runs only where the layers were on the device before"
+INT8_COPY = "int8 layers of bitsandbytes compute from a copy of the weight in `state`, which "
+INT8_KEPT = INT8_COPY + "stays on the device when the weight leaves it, so that no memory is saved"
+INT8_MOVED = (
+    INT8_COPY + "does not move with the module: no memory is saved where they were quantized on the device, and layers "
+    "that were quantized on the CPU stop"
+)
 NNCF_GROUP = (
     "NNCF steps into every operation of a pass, also diffusers' own, so what diffusers moves never reaches a weight"
 )
+TORCHAO_STREAMED = "diffusers before its own code for torchao's tensors left parts of them in host memory"
 STREAMED = "plain tensors are pinned and copied one by one"
 NOT_RUN = "nobody has measured it: copying on a stream of its own needs a GPU"
 
-INT8_GPU = "Needs an accelerate whose hooks keep int8 statistics (`SCB`), as 1.15 does. Documented on a GPU in "
+INT8_GPU = (
+    "The output is right. Needs an accelerate whose hooks keep int8 statistics (`SCB`), as 1.15 does. Documented on a "
+    "GPU in "
+)
 INT8_SPLIT = (
     INT8_GPU
     + "huggingface/accelerate#1699. huggingface/diffusers#10653 reports device_map='balanced' with int8 to end "
     "in a device mismatch in early 2025; not reproduced."
 )
+INT8_ELSEWHERE = (
+    "Quantize on the device that computes: of layers quantized on the CPU, `to(device)` leaves the copy there."
+)
+INT8_MODEL = (
+    "Measured with layers that were quantized on the CPU. bitsandbytes-foundation/bitsandbytes#1332; before "
+    "bitsandbytes 0.48 diffusers left int8 components on the device (huggingface/diffusers#10653)."
+)
+MODEL_ON_CPU = "On a CPU every `to(device)` of the hook is made to copy, which shows what does not move along."
 PLACED = (
     "Where it already is on the device, it runs; diffusers' device_map='balanced' always dispatches with hooks, which "
     "stop as soon as they move it."
 )
 BNB_STAYS = (
-    "Seen on a CPU: the states stay where they were. That a product on a GPU then stops is read in the source of "
-    "bitsandbytes, not run."
+    "Measured on a CPU: the states stay where they were. What follows on a GPU was not run: bitsandbytes 0.50 hands "
+    "their addresses to its kernel without looking at the device, so an illegal access or a slow read of host memory "
+    "is as likely as an error that says so."
+)
+BNB_BEFORE = (
+    "Measured with layers that were on the CPU when the hooks were put in. Those that were on the device keep their "
+    "states there."
+)
+BNB_STREAMS = (
+    "diffusers' guide to speed and memory puts nf4 on the GPU first and streams its leaves "
+    "(docs/source/en/optimization/speed-memory-optims.md). Not run here: a stream of its own needs a GPU."
+)
+TORCHAO_STREAMS = (
+    "huggingface/diffusers#13281 and #13276 report a device mismatch. diffusers 0.42 has code of its own for these "
+    "tensors, which was read and not run: a stream of its own needs a GPU."
 )
 BNB_REPACKED = (
     "On a CPU that repacks 4-bit weights at the first product (AVX512-BF16, `support_avx512bf16_for_cpu`) the output "
@@ -78,6 +110,8 @@ BNB_REPACKED = (
 )
 NNCF_SILENT = "From disk it does not stop: the output is noise."
 GROUP_SOURCE = "diffusers:src/diffusers/hooks/group_offloading.py"
+BNB_SOURCE = f"{GROUP_SOURCE}, bitsandbytes:bitsandbytes/nn/modules.py"
+GUIDE = "diffusers:docs/source/en/optimization/speed-memory-optims.md"
 
 
 def _rule(
@@ -109,13 +143,27 @@ def _block(
     return _rule(_LIB, formats, mode, VerdictLevel.BLOCK, cause, variants, note=note)
 
 
+def _warn(
+    formats: tuple[str, ...],
+    mode: OffloadMode,
+    cause: str,
+    variants: tuple[str, ...] = (),
+    *,
+    source: str = "",
+    needs: Needs = "",
+    note: str = "",
+) -> Rule:
+    return _rule(_LIB, formats, mode, VerdictLevel.WARN, cause, variants, source=source, needs=needs, note=note)
+
+
 RULES: tuple[Rule, ...] = (
     # Ours: plain parameters.
     *(_rule(_OURS, ANY, mode, VerdictLevel.OK, MEASURED) for mode in (_NONE, _MODEL, _SEQ, _BAL)),
     _rule(_OURS, ANY, _GROUP, VerdictLevel.OK, MEASURED, (*MEMORY, *DISK)),
     _rule(_OURS, ANY, _GROUP, VerdictLevel.OK, STREAMED, STREAM, source=GROUP_SOURCE, needs="gpu"),
     # bitsandbytes
-    *_ok(BNB_4BIT, _NONE, _MODEL),
+    *_ok(BNB_4BIT, _NONE),
+    *_ok(BNB_4BIT, _MODEL, note=MODEL_ON_CPU),
     _block(
         BNB_4BIT,
         _SEQ,
@@ -126,18 +174,17 @@ RULES: tuple[Rule, ...] = (
     _block(BNB_4BIT, _BAL, BNB_CAUSE, SPLIT),
     *_ok(BNB_4BIT, _BAL),
     _block(BNB_4BIT, _GROUP, BNB_GROUP, MEMORY, note=BNB_STAYS),
-    *_ok(BNB_4BIT, _GROUP, note=BNB_REPACKED),
-    *_ok(BNB_8BIT, _NONE),
-    # Not blocked: where the layers were on the GPU before, int8's states stay there, and blocks run.
-    _rule(_LIB, BNB_8BIT, _GROUP, VerdictLevel.WARN, BNB_GROUP, MEMORY, note=BNB_STAYS),
-    *_ok(BNB_8BIT, _GROUP),
-    *_ok(
-        BNB_8BIT,
-        _MODEL,
-        note="Before bitsandbytes 0.48 diffusers left int8 components on the device: huggingface/diffusers#10653.",
-    ),
-    *_ok(BNB_8BIT, _SEQ, note=INT8_GPU + "huggingface/diffusers#13776."),
-    *_ok(BNB_8BIT, _BAL, note=INT8_SPLIT),
+    _warn(BNB_4BIT, _GROUP, BNB_GROUP_STAYS, DISK, note=f"{BNB_BEFORE} {BNB_REPACKED}"),
+    _warn(BNB_4BIT, _GROUP, BNB_GROUP_STAYS, STREAM, note=BNB_STREAMS, source=GUIDE, needs="gpu"),
+    *_ok(BNB_8BIT, _NONE, note=INT8_ELSEWHERE),
+    _warn(BNB_8BIT, _MODEL, INT8_MOVED, note=INT8_MODEL),
+    _warn(BNB_8BIT, _SEQ, INT8_KEPT, note=INT8_GPU + "huggingface/diffusers#13776."),
+    _warn(BNB_8BIT, _BAL, INT8_KEPT, SPLIT, note=INT8_SPLIT),
+    *_ok(BNB_8BIT, _BAL),
+    # A leaf's own `to`, unlike that of the block around it, sends the copy away too, and nothing brings it back.
+    _block(BNB_8BIT, _GROUP, BNB_GROUP, ("leaf",), note=BNB_STAYS),
+    _warn(BNB_8BIT, _GROUP, INT8_MOVED, ("block", *DISK), note=BNB_BEFORE),
+    _warn(BNB_8BIT, _GROUP, INT8_MOVED, STREAM, source=BNB_SOURCE, needs="gpu"),
     # optimum-quanto
     *_ok(QUANTO_UNFROZEN, *ALL_MODES, cause=UNFROZEN),
     *_ok(QUANTO, _NONE, _MODEL),
@@ -159,6 +206,7 @@ RULES: tuple[Rule, ...] = (
     *_ok(TORCHAO, _BAL),
     _block(TORCHAO, _GROUP, TORCHAO_DISK, DISK),
     *_ok(TORCHAO, _GROUP),
+    _warn(TORCHAO, _GROUP, TORCHAO_STREAMED, STREAM, source=GROUP_SOURCE, needs="gpu", note=TORCHAO_STREAMS),
     # NNCF
     *_ok(NNCF, _NONE, _MODEL),
     _block(NNCF, _SEQ, NNCF_CAUSE),

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import OffloadConflict, QuantwireError
+from .devices import devices_of
 from .find import Found, find_carriers
 from .installed import installed
 from .matrix import answer
@@ -56,6 +57,7 @@ class _Scene:
         layer_class: its class.
         leaf: it has no modules of its own.
         own_call: nothing but the layer's own code and torch's is below its call.
+        torn: that layer, or one inside it, has its own tensors on more than one device.
         in_layer, in_model: the quantized weights of that layer, and of the outermost module.
         mode, variant: how that module is offloaded, by its hooks or by the call that installs them.
     """
@@ -66,6 +68,7 @@ class _Scene:
     layer_class: str = ""
     leaf: bool = False
     own_call: bool = False
+    torn: bool = False
     in_layer: tuple[Found, ...] = ()
     in_model: tuple[Found, ...] = ()
     mode: OffloadMode | None = None
@@ -83,7 +86,9 @@ def translate(
     """What a raw error of a library means, or None when it is not one of those that offload brings about.
 
     Args:
-        host, mode, variant: in force when it was raised; told from the traceback where they are None.
+        host, mode, variant: in force when it was raised; told from the traceback where they are None. Hooks of
+            offloading on the model that the traceback shows go before `mode`: a host sees what they did to the
+            weights, and takes it for its own doing.
         found: quantized layers of the model; told from the traceback where there are none.
     Returns:
         an OffloadConflict, or a SpecError for what quantized layers cannot do in any mode; to be raised `from err`.
@@ -92,7 +97,11 @@ def translate(
     if not candidates or _is_oom(err):
         return None
     scene = _scene(err)
+    if scene.mode is not None and (mode is not scene.mode or variant is None):
+        mode, variant = scene.mode, scene.variant
     for signature in candidates:
+        if signature.devices and not (scene.torn or _offloads(mode, variant)):
+            continue
         if any(_is_at(place, scene, found) for place in signature.places):
             host = host or (HostName.COMFYUI if _any(scene.frames, (COMFYUI,)) else HostName.STANDALONE)
             return _conflict(signature, err, scene, host, mode, variant, found)
@@ -176,6 +185,11 @@ def _is_at(place: Place, scene: _Scene, found: Sequence[Found]) -> bool:
     )
 
 
+def _offloads(mode: OffloadMode | None, variant: str | None) -> bool:
+    """Whether a mode moves weights; `whole` is a mode under which everything stays on the device."""
+    return mode not in (None, OffloadMode.NONE) and variant != "whole"
+
+
 def _any(frames: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(frame.startswith(prefixes) for frame in frames)
 
@@ -232,6 +246,7 @@ def _told(frames: list[str], modules: list[tuple[int, nn.Module]], stop: int) ->
         "layer_class": type(layer).__name__,
         "leaf": next(layer.children(), None) is None,
         "own_call": stop < first_call or all(f.partition(":")[0] == type(layer).__module__ for f in below),
+        "torn": any(len(devices_of(part)) > 1 for part in layer.modules()),
         "in_layer": tuple(find_carriers(layer)),
         "in_model": tuple(find_carriers(root)),
         **_mode(frames, root),
@@ -267,9 +282,6 @@ def _conflict(
     variant: str | None,
     found: Sequence[Found],
 ) -> QuantwireError:
-    # A host that moves nothing itself does not know of the hooks that somebody else put on the model.
-    if (mode in (None, OffloadMode.NONE) and scene.mode is not None) or (mode is scene.mode and variant is None):
-        mode, variant = scene.mode, scene.variant
     one = _concerned(signature, scene, found)
     how = f" {described(mode, variant)}" if mode is not None else ""
     lines = [

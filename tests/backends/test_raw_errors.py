@@ -210,8 +210,37 @@ def test_expected_all_tensors_to_be_on_the_same_device() -> None:
     """On a GPU every operator says it; without one, torch's operators that are compiled for both devices do."""
     weight: Any = quanto("qint8").a.weight  # type: ignore[union-attr]
     err = raw(lambda: torch.ops.aten.silu_backward(torch.ones(DIM, DIM, dtype=torch.bfloat16, device="meta"), weight))
-    translation = explained(err, "RuntimeError: Expected all tensors to be on the same device, but found at least two")
+    text = "RuntimeError: Expected all tensors to be on the same device, but found at least two"
+    translation = explained(err, text, mode=OffloadMode.SEQUENTIAL)
     assert type(translation) is OffloadConflict
+    assert translate(err) is None
+    assert translate(err, mode=OffloadMode.NONE) is None
+    assert translate(err, host=HostName.COMFYUI, mode=OffloadMode.PARTIAL, variant="whole") is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: quanto("qint8"), lambda: native("torchao-int8wo"), lambda: native("comfy-fp8-e4m3fn"), gguf,
+        lambda: native("sdnq-int8"),
+    ],
+    ids=["quanto", "torchao", "comfy", "gguf", "sdnq"],
+)  # fmt: skip
+def test_an_input_on_another_device_is_the_mistake_of_the_caller(make: Callable[[], nn.Module]) -> None:
+    """Nothing was moved: the weights are all on one device, and no hooks of offloading are there."""
+    net = make()
+    err = raw(lambda: net(x().to("meta")))
+    assert "device" in str(err)
+    assert translate(err) is None
+
+
+def test_an_input_on_another_device_than_layerwise_casting_is_the_mistake_of_the_caller() -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    net = plain()
+    hooks.apply_layerwise_casting(net, torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=())
+    err = raw(lambda: net(x().to("meta")))
+    assert "device" in str(err)
+    assert translate(err) is None
 
 
 @pytest.mark.parametrize("part", ["_data", "_scale"])
@@ -330,9 +359,15 @@ def test_layerwise_casting_on_two_devices() -> None:
     hooks = pytest.importorskip("diffusers.hooks")
     net = plain()
     hooks.apply_layerwise_casting(net, torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=())
-    net.b.to("meta")
-    translation = explained(raw(lambda: net(x())), "RuntimeError: Tensor on device")
+    net.b.bias = nn.Parameter(net.b.bias.data.to("meta"), requires_grad=False)
+    err = raw(lambda: net(x()))
+    translation = explained(err, "RuntimeError: Tensor on device")
+    assert type(translation) is OffloadConflict
     assert "It stopped at 'b' (Linear)" in str(translation)
+    net.b.to("meta")
+    err = raw(lambda: net(x()))
+    assert translate(err) is None  # a layer that is whole, and elsewhere
+    assert type(explained(err, "RuntimeError: Tensor on device", mode=OffloadMode.GROUP)) is OffloadConflict
 
 
 # --- what only looks like one ---

@@ -111,10 +111,10 @@ def test_other_actions_let_the_graph_run(
 
 
 def test_unknown_is_a_warning_and_no_block(executor: Executor, checked: Any, caplog: pytest.LogCaptureFixture) -> None:
-    known = answer(Carrier.LIBRARY, "bnb-nf4", OffloadMode.GROUP, host=HostName.STANDALONE, variant="block-stream")
+    known = answer(Carrier.LIBRARY, "gguf-q8-0", OffloadMode.GROUP, host=HostName.STANDALONE, variant="block-stream")
     assert known.level is VerdictLevel.UNKNOWN
     with caplog.at_level(logging.WARNING):
-        executor.run(checked("bnb-nf4", "library", "group", use_stream=True))
+        executor.run(checked("gguf-q8-0", "library", "group", use_stream=True))
     assert any("is not known to run" in r.message for r in caplog.records)
 
 
@@ -182,6 +182,14 @@ def test_nothing_linked_is_a_named_error(executor: Executor, host: Any, make_nod
     graph["out"] = make_node("Keep", value=["check", 1])
     with pytest.raises(SpecError, match=r"^OffloadCompat has nothing to check"):
         executor.run(graph)
+
+
+def test_null_for_a_mode_is_a_named_error(executor: Executor, host: Any, checked: Any) -> None:
+    """ComfyUI lets null through, because VALIDATE_INPUTS cannot tell it from a link."""
+    with pytest.raises(SpecError, match=r"mode None is not among its choices\.\nChoose one of: auto, none"):
+        OffloadCompat().check(None, "block")  # type: ignore[arg-type]
+    with pytest.raises(WorkflowError, match=r"mode: None: not one of: auto"):
+        executor.run(checked("bnb-nf4", "quantwire", None))
 
 
 def test_a_mode_of_the_other_host_is_an_error_that_names_those_of_this_one(executor: Executor, checked: Any) -> None:

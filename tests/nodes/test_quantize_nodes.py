@@ -16,6 +16,7 @@ from quantwire.hosts import use
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.validate import InvalidWorkflow
+from quantwire.nodes.common import spec_from_inputs
 from quantwire.nodes.quantize import QuantConfig, QuantizeTextEncoder
 from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.auto import MIN_RESERVE, DeviceFacts, candidates
@@ -23,6 +24,7 @@ from quantwire.quantizers.compat.modes import Carrier
 from quantwire.quantizers.dequantize import stored_nbytes
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.registry import available_formats, get_entry
+from quantwire.quantizers.rules import RuleSet
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear
 from safetensors.torch import load_file, save_file
@@ -200,6 +202,18 @@ def test_config(executor: Executor, sampled: Any, make_node: Any) -> None:
     graph["q"]["inputs"]["format"] = "from config"
     with pytest.raises(SpecError, match="no QuantConfig is linked"):
         executor.run(graph)
+
+
+def test_null_for_a_format_is_a_named_error(
+    executor: Executor, host: StandaloneHost, sampled: Any, make_node: Any
+) -> None:
+    """ComfyUI lets null through, because VALIDATE_INPUTS cannot tell it from a link."""
+    graph = sampled("q", q=make_node("QuantizeModel", model=["model", 0], format=None))
+    with pytest.raises(InvalidWorkflow, match="format: None: not among its"):
+        executor.run(graph)
+    for config in (None, RuleSet(())):
+        with pytest.raises(SpecError, match="format is None, which is no name of a format"):
+            spec_from_inputs(None, config, "")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from quantwire.hosts import current, use
-from quantwire.hosts.standalone import host as host_module
-from quantwire.hosts.standalone.host import StandaloneHost, default_model_folders
+from quantwire.hosts.standalone import folders
+from quantwire.hosts.standalone.folders import default_model_folders
+from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.quantizers.errors import FileError
 
 
@@ -95,7 +96,7 @@ def test_message_names_folders_files_and_near_names(models: Path) -> None:
 
 def test_default_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTWIRE_MODELS", f"{tmp_path / 'a'}:{tmp_path / 'b'}")
-    demo = host_module.PACK_ROOT / "demo" / "models"
+    demo = folders.PACK_ROOT / "demo" / "models"
     assert default_model_folders() == [tmp_path / "a", tmp_path / "b", Path("models"), demo]
     monkeypatch.delenv("QUANTWIRE_MODELS")
     assert StandaloneHost().models == [Path("models"), demo]

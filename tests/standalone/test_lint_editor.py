@@ -132,11 +132,13 @@ def test_bypassed_hands_on_what_fits(inputs: list[dict[str, Any]], expected: str
     assert "2" not in found.nodes
 
 
-def test_set_and_get() -> None:
+@pytest.mark.parametrize("pack", ["", "easy "])
+def test_set_and_get(pack: str) -> None:
+    """KJNodes' nodes, and those of ComfyUI-Easy-Use."""
     nodes = [
         LOADER,
-        node(2, "SetNode", slot("MODEL", link=1), widgets_values=["the model"]),
-        node(3, "GetNode", widgets_values=["the model"]),
+        node(2, f"{pack}{'s' if pack else 'S'}etNode", slot("MODEL", link=1), widgets_values=["the model"]),
+        node(3, f"{pack}{'g' if pack else 'G'}etNode", widgets_values=["the model"]),
         SAMPLER,
         node(4, "GetNode", widgets_values=["nothing"]),
         {**SAMPLER, "id": 10, "inputs": [slot("model", link=10)]},
@@ -146,6 +148,14 @@ def test_set_and_get() -> None:
     assert "model" not in found.nodes["10"].links
     assert [f.code for f in found.findings] == ["lost-get"]
     assert "'nothing'" in found.findings[0].message
+
+
+def test_a_group_node_fills_what_it_feeds(tmp_path: Path) -> None:
+    """What is inside is not looked into, so nothing that it feeds is missing."""
+    show = node(9, "PreviewImage", slot("images", "IMAGE", link=9), out="IMAGE")
+    data = {"nodes": [node(2, "workflow/mine", out="IMAGE"), show], "links": [[9, 2, 0, 9, 0, "IMAGE"]]}
+    assert read_editor(data, CATALOG).nodes["9"].filled == {"images"}
+    assert codes(check(tmp_path, data).findings) == {"group-node"}
 
 
 def test_broadcasting_nodes_are_said_to_be_unresolved() -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantwire.hosts.lint.graph import Level
+from quantwire.hosts.lint.graph import Finding, Level
 from quantwire.hosts.lint.lint import FileReport, Linter, Options
 from quantwire.nodes import NODE_CLASS_MAPPINGS
-from quantwire.quantizers.compat.modes import OffloadMode
+from quantwire.quantizers.compat.modes import HostName, OffloadMode
 
 LINTERS = {
     mode: Linter(Options(mode, find_models=False, known=("Foreign*",)), NODE_CLASS_MAPPINGS)
-    for mode in (None, OffloadMode.SEQUENTIAL)
+    for mode in (None, OffloadMode.SEQUENTIAL, OffloadMode.PARTIAL)
 }
 UNET = {"unet_name": "a.safetensors", "weight_dtype": "default"}
 
@@ -32,10 +32,20 @@ def sampler(model: str, output: int = 0) -> dict[str, Any]:
     return entry("KSampler", model=(model, output), positive=("c", 0), negative=("c", 0), latent_image=("l", 0), **more)
 
 
-def check(tmp_path: Path, mode: OffloadMode | None = OffloadMode.SEQUENTIAL, **nodes: dict[str, Any]) -> FileReport:
+def offload(model: str, mode: Any, action: str = "block", **more: Any) -> dict[str, Any]:
+    return entry("OffloadCompat", model=(model, 0), mode=mode, action=action, **more)
+
+
+def check(
+    tmp_path: Path,
+    mode: OffloadMode | None = OffloadMode.SEQUENTIAL,
+    errors: tuple[str, ...] = (),
+    **nodes: dict[str, Any],
+) -> FileReport:
+    """The report of a graph that has errors of these kinds alone."""
     graph = {
         "u": entry("UNETLoader", **UNET),
-        "k": entry("CLIPLoader", clip_name="c.safetensors", type="flux"),
+        "k": entry("CLIPLoader", clip_name="c.safetensors", type="stable_diffusion"),
         "c": entry("CLIPTextEncode", text="", clip=("k", 0)),
         "l": entry("EmptyLatentImage", width=64, height=64, batch_size=1),
         "v": entry("VAELoader", vae_name="v.safetensors"),
@@ -46,13 +56,33 @@ def check(tmp_path: Path, mode: OffloadMode | None = OffloadMode.SEQUENTIAL, **n
     path = tmp_path / "workflow.json"
     path.write_text(json.dumps(graph), encoding="utf-8")
     report = LINTERS[mode].check(path)
-    assert not [f for f in report.findings if f.level is Level.ERROR], report.findings
+    assert tuple(f.code for f in report.findings if f.level is Level.ERROR) == errors, report.findings
+    return report
+
+
+def check_run(
+    tmp_path: Path, mode: OffloadMode | None = OffloadMode.SEQUENTIAL, *args: Any, **nodes: Any
+) -> FileReport:
+    """The same with nodes that `quantwire run` has too, for which it is checked then."""
+    latent = entry("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    report = check(tmp_path, mode, *args, l=latent, **nodes)
+    assert report.host is HostName.STANDALONE
     return report
 
 
 def blocked(report: FileReport) -> list[tuple[str, str]]:
     """(node where it is reported, node that it comes from)"""
     return [(f.place.node_id, f.data["from"]) for f in report.findings if f.level is Level.BLOCK and f.place]
+
+
+def levels(report: FileReport) -> list[tuple[str, str]]:
+    """(node where it is reported, level)"""
+    return [(f.place.node_id, f.level.value) for f in report.findings if f.place]
+
+
+def only(report: FileReport) -> Finding:
+    (found,) = report.findings
+    return found
 
 
 LORA = {"lora_name": "x.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
@@ -146,4 +176,158 @@ def test_formats_of_a_config_and_of_rules(tmp_path: Path) -> None:
 def test_nothing_is_claimed_of_what_the_file_does_not_tell(inputs: dict[str, Any], tmp_path: Path) -> None:
     node = quantize("u")
     node["inputs"] |= inputs
-    assert blocked(check(tmp_path, x=entry("ForeignText"), q=node, s=sampler("q"))) == []
+    report = check(tmp_path, x=entry("ForeignText"), q=node, s=sampler("q"))
+    assert blocked(report) == []
+    told = [(f.level, f.code) for f in report.findings if f.code != "other-host"]
+    assert told == ([] if "carrier" in inputs else [(Level.NOTE, "not-judged")]), "and a note says so"
+
+
+def test_auto_in_plain_tensors_needs_no_note(tmp_path: Path) -> None:
+    node = quantize("u", "quantwire")
+    node["inputs"]["format"] = "auto"
+    assert check_run(tmp_path, q=node, s=sampler("q")).findings == ()
+
+
+# --- several checks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("action", "level"), [("report", "note"), ("warn", "warning")])
+def test_a_check_that_goes_on_hides_no_later_one(action: str, level: str, tmp_path: Path) -> None:
+    first, second = offload("q", "sequential", action), offload("a", "sequential")
+    report = check_run(tmp_path, None, q=quantize("u"), a=first, b=second, s=sampler("b"))
+    assert levels(report) == [("a", level), ("b", "block")]
+    again = check_run(
+        tmp_path,
+        None,
+        q=quantize("u"),
+        a=second | offload("q", "sequential"),
+        b=offload("a", "sequential", action),
+        s=sampler("b"),
+    )
+    assert levels(again) == [("a", "block")], "what is no worse is not said again"
+
+
+def test_a_variant_that_runs_hides_none_that_stops(tmp_path: Path) -> None:
+    node = entry("QuantizeModel", model=("u", 0), format="torchao-int8wo", carrier="library")
+    memory, disk = offload("q", "group", keep_on="memory"), offload("a", "group", keep_on="disk")
+    report = check_run(tmp_path, None, q=node, a=memory, b=disk, s=sampler("b"))
+    assert levels(report) == [("b", "block")]
+
+
+@pytest.mark.parametrize(("action", "level"), [("report", "note"), ("warn", "warning")])
+@pytest.mark.parametrize("mode", ["auto", "sequential"])
+def test_the_mode_of_the_command_line_stops_whatever_a_check_does(
+    mode: str, action: str, level: str, tmp_path: Path
+) -> None:
+    report = check_run(tmp_path, q=quantize("u"), a=offload("q", mode, action), s=sampler("a"))
+    assert levels(report) == [("a", level), ("s", "block")]
+
+
+@pytest.mark.parametrize("action", ["warn", "report"])
+def test_a_mode_that_is_set_stops_whatever_the_check_does(action: str, tmp_path: Path) -> None:
+    report = check_run(
+        tmp_path, None, q=quantize("u"), a=offload("q", "sequential", action, set_mode=True), s=sampler("a")
+    )
+    assert blocked(report) == [("s", "q")]
+
+
+def test_the_mode_that_is_set_last_holds(tmp_path: Path) -> None:
+    """The guard of a node that sets a mode looks at what the host does in the end."""
+    first, last = offload("u", "sequential", set_mode=True), offload("q", "model", set_mode=True)
+    report = check_run(tmp_path, None, a=first, q=quantize("a"), b=last, s=sampler("b"))
+    assert report.findings == ()
+    without = check_run(tmp_path, None, a=first, q=quantize("a"), s=sampler("q"))
+    assert blocked(without) == [("s", "q")]
+
+
+def test_balanced_that_is_set_splits_only_what_does_not_fit(tmp_path: Path) -> None:
+    sets = check_run(
+        tmp_path, None, q=quantize("u"), a=offload("q", "balanced", set_mode=True, device_gib=8.0), s=sampler("a")
+    )
+    found = only(sets)
+    assert found.level is Level.WARNING
+    assert "cannot run with balanced offload if the model must be split" in found.message
+    assert any("fit the device whole" in remedy for remedy in found.remedies)
+    asks = check_run(tmp_path, None, q=quantize("u"), a=offload("q", "balanced"), s=sampler("a"))
+    assert blocked(asks) == [("a", "q")], "a check of it means splitting, as the node does"
+
+
+# --- modes and texts from other nodes ------------------------------------------------------------------------------
+
+
+def test_a_mode_from_a_link_is_not_taken_for_auto(tmp_path: Path) -> None:
+    node = offload("q", ("x", 0))
+    found = only(check(tmp_path, None, x=entry("ForeignText"), q=quantize("u"), a=node, s=sampler("a")))
+    assert (found.level, found.code) == (Level.NOTE, "not-judged")
+    assert "its mode comes from a link" in found.message
+
+
+@pytest.mark.parametrize("mode", ["parital", None], ids=["typo", "null"])
+def test_a_word_that_is_no_mode_is_not_taken_for_auto(mode: Any, tmp_path: Path) -> None:
+    report = check_run(tmp_path, None, ("bad-value",), q=quantize("u"), a=offload("q", mode), s=sampler("a"))
+    assert only(report).code == "bad-value"
+
+
+@pytest.mark.parametrize("run", [check, check_run], ids=["comfyui", "standalone"])
+def test_null_for_a_format(run: Any, tmp_path: Path) -> None:
+    node = quantize("u")
+    node["inputs"]["format"] = None
+    assert "format: None" in only(run(tmp_path, None, ("bad-value",), q=node, s=sampler("q"))).message
+
+
+def test_texts_of_primitive_nodes_are_followed(tmp_path: Path) -> None:
+    node = quantize("u", config=("c2", 0))
+    node["inputs"]["format"] = "from config"
+    text = entry("PrimitiveString", value="bnb;bits=4;bits4-quant-type=nf4")
+    report = check(tmp_path, t=text, c2=entry("QuantConfig", uri=("t", 0)), q=node, s=sampler("q"))
+    assert blocked(report) == [("s", "q")]
+
+
+def test_a_mode_from_a_primitive_node_is_a_link_that_comfyui_refuses(tmp_path: Path) -> None:
+    text = entry("PrimitiveString", value="partial")
+    report = check(tmp_path, None, ("bad-link",), t=text, q=quantize("u"), a=offload("q", ("t", 0)), s=sampler("a"))
+    assert blocked(report) == [("a", "q")]
+
+
+@pytest.mark.parametrize("mode", ["auto", "partial"])
+def test_comfyui_sets_no_mode(mode: str, tmp_path: Path) -> None:
+    node = offload("q", mode, set_mode=True)
+    report = check(tmp_path, None, ("bad-mode",), q=quantize("u", "quantwire"), a=node, s=sampler("a"))
+    assert "set_mode is on" in only(report).message
+
+
+# --- ways out -----------------------------------------------------------------------------------------------------
+
+
+def remedies(report: FileReport) -> tuple[str, ...]:
+    (found,) = [f for f in report.findings if f.level is Level.BLOCK]
+    return found.remedies
+
+
+def test_ways_out_name_the_node_that_quantizes(tmp_path: Path) -> None:
+    first, *rest = remedies(check_run(tmp_path, q=quantize("u"), a=offload("q", "auto"), s=sampler("a")))
+    assert first.startswith("Set `carrier` of node q (QuantizeModel) to quantwire: ")
+    assert any("in OffloadCompat" in text for text in rest), "the file has one"
+
+
+def test_ways_out_without_an_offload_check(tmp_path: Path) -> None:
+    texts = remedies(check_run(tmp_path, q=quantize("u"), s=sampler("q")))
+    assert any("in an OffloadCompat that you put before node s (KSampler)" in text for text in texts)
+    assert not any("in OffloadCompat" in text for text in texts)
+
+
+@pytest.mark.parametrize("mode", [OffloadMode.SEQUENTIAL, OffloadMode.PARTIAL])
+def test_ways_out_of_a_loader_of_another_pack(mode: OffloadMode, tmp_path: Path) -> None:
+    """ComfyUI has no mode that OffloadCompat can set, and the file has no QuantizeModel."""
+    loader = entry("CheckpointLoaderNF4", ckpt_name="x.safetensors")
+    first, *rest = remedies(check(tmp_path, mode, q=loader, s=sampler("q")))
+    assert first.startswith("Load the full-precision model and put QuantizeModel behind it, with carrier quantwire")
+    assert not any("set_mode" in text or "of QuantizeModel" in text for text in rest)
+    assert any("--" in text for text in rest) is (mode is OffloadMode.PARTIAL), "options of ComfyUI for its own modes"
+
+
+def test_ways_out_of_a_gguf_loader_of_the_pack(tmp_path: Path) -> None:
+    loader = entry("LoadGGUF", gguf_name="x.gguf", carrier="library")
+    texts = remedies(check(tmp_path, g=loader, s=sampler("g")))
+    assert texts[0].startswith("Set `carrier` of node g (LoadGGUF) to quantwire: ")
+    assert not any("`format`" in text for text in texts), "LoadGGUF has no such widget"

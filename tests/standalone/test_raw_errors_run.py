@@ -55,7 +55,7 @@ def test_a_raw_error_becomes_a_conflict(
     assert second.startswith("It stopped at 'transformer_blocks.0.attn.to_q' (")
     assert raw in second
     assert ways_out[0] == "Ways out:"
-    assert "`carrier` of QuantizeModel to quantwire" in ways_out[1]
+    assert f"carrier quantwire (QuantizeModel, format {format_id})" in ways_out[1]
     assert "Traceback" not in done.stderr
     error = json.loads(report.read_text(encoding="utf-8"))["error"]
     assert (error["type"], error["node"]["class_type"]) == ("OffloadConflict", "KSampler")

@@ -69,6 +69,9 @@ CLASSES: dict[str, type] = {
     "Flag": node({"value": ("BOOLEAN",)}, ("BOOLEAN",)),
     "Pick": node({"value": (["euler", "heun"],)}),
     "Pick3": node({"value": ("COMBO", {"options": ["a", "b"], "multiselect": True})}),
+    "PickOwn": node(
+        {"value": (["none", "heun"],)}, VALIDATE_INPUTS=classmethod(lambda cls, value=None: value in (None, "own"))
+    ),
     "PickMany": node({"value": ([f"model-{i:03}.safetensors" for i in range(50)],)}),
     "PickNone": node({"value": ([],)}),
     "Remote": node({"value": ("COMBO", {"remote": {"route": "/x"}})}),
@@ -115,6 +118,7 @@ def one(class_type: str, **inputs: Any) -> list[str]:
         pytest.param("Flag", "false", "expected BOOLEAN, got 'false'", id="bool-text"),
         pytest.param("Pick", "eulr", "'eulr': not one of: euler, heun. Did you mean euler", id="combo"),
         pytest.param("Pick", None, "None: not one of: euler, heun.", id="combo-null"),
+        pytest.param("PickOwn", None, "None: not one of: none, heun.", id="combo-null-of-its-own-check"),
         pytest.param("Pick3", {"__value__": ["a", "z"]}, "'z': not one of: a, b.", id="multiselect"),
         pytest.param("PickMany", "model-07.safetensors", "not among its 50 choices. Did you mean model-", id="long"),
         pytest.param("PickNone", "a", "'a': there is nothing to choose from", id="empty-combo"),

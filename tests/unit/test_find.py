@@ -282,12 +282,15 @@ def test_finds_a_stand_in_of_gguf_parameters_in_a_pack_and_of_its_layers_before_
     gguf = pytest.importorskip("gguf")
     data, quant = torch.zeros(DIM, 34, dtype=torch.uint8), gguf.GGMLQuantizationType.Q5_K
     weight = subclass("GGUFParameter", "ComfyUI-WanVideoWrapper.gguf.gguf_utils", data, quant_type=quant)
-    assert kinds(holding(weight)) == [(LIBRARY, "gguf-q5-k", "GGUFParameter")]
+    assert kinds(holding(weight)) == [(LIBRARY, "gguf-q5-k", "GGUFParameter (not diffusers')")]
+    (found,) = find_carriers(holding(weight))
+    assert found.key == "other-gguf-q5-k", "what is known of diffusers' layers says nothing of a pack's"
     layer = standing_in("CustomLinear", "ComfyUI-WanVideoWrapper.custom_linear", nn.Linear)(DIM, DIM, device="meta")
     layer.is_gguf = False
     assert find_carriers(layer) == []
     layer.is_gguf = True
     assert kinds(layer) == [(LIBRARY, "gguf-unknown", "CustomLinear")]
+    assert find_carriers(layer)[0].key == "other-gguf-unknown"
 
 
 @pytest.mark.parametrize("module", ["nunchaku.models.linear", "diffusers.quantizers.nunchaku.utils", "any_pack.linear"])

@@ -202,3 +202,20 @@ def test_hooks_of_the_libraries_tell_the_mode(put: Callable[[nn.Module], Any], w
     model = tree()
     put(model)
     assert installed([tree(), model]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("put", "wanted"),
+    [
+        (_sequential, (OffloadMode.SEQUENTIAL, "memory")),
+        (_on_disk, (OffloadMode.SEQUENTIAL, "disk")),
+        (_dispatch({"": "cpu"}), (OffloadMode.BALANCED, "whole")),
+    ],
+    ids=["sequential", "disk", "balanced"],
+)
+def test_a_model_with_weights_of_its_own_beside_its_layers(put: Callable[[nn.Module], Any], wanted: object) -> None:
+    """Diffusion transformers keep tables and tokens so; accelerate puts two hooks on such a model."""
+    model = tree()
+    model.register_parameter("scale_shift_table", nn.Parameter(torch.ones(2), requires_grad=False))
+    put(model)
+    assert installed([model]) == wanted

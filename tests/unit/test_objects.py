@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import weakref
+from collections.abc import Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -210,6 +212,28 @@ def test_work_is_bounded() -> None:
     assert components_of({"clip": [{} for _ in range(200_000)]}) == {}
 
 
+def many() -> Any:
+    """The patches of LoRAs, as wrappers keep them: more lists than are looked at."""
+    return {f"blocks.{i}.weight": [(1.0, ("lora",))] for i in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda net: SimpleNamespace(patches=many(), model=net),
+        lambda net: {"patches": many(), "model": net},
+        lambda net: {"patches": many(), "pipe": SimpleNamespace(transformer=net)},
+        lambda net: SimpleNamespace(patches=many(), more=many(), model=patcher(base_model(net))),
+        lambda net: {**many(), "model": net},
+        lambda net: {"patches": [many(), many()], "model": {"pipe": {"unet": net}}},
+    ],
+    ids=["attribute", "key", "in-an-object", "in-a-patcher", "beside", "deeper"],
+)
+def test_a_model_beside_more_than_is_looked_at_is_found(holder: Any) -> None:
+    net = linear()
+    assert [id(module) for module in components_of(holder(net)).values()] == [id(net)]
+
+
 @pytest.mark.parametrize("nothing", [None, 3, "text", {}, [], object(), torch.zeros(2), print, int, nn.ReLU()])
 def test_nothing_is_found_in_other_things(nothing: Any) -> None:
     assert components_of(nothing) == {}
@@ -265,6 +289,77 @@ def test_only_what_is_stored_is_read() -> None:
     assert components_of(Trap(net)) == {"transformer": net}
     assert components_of({"model": Trap(net)}) == {"transformer": net}
     assert components_of(TrapDict(transformer=net)) == {"transformer": net}
+
+
+class Raising:
+    """Whatever it is asked."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class ClassRaises:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("which class it is")
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise RuntimeError("which class it is")
+
+
+class LazyMapping(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise AssertionError("a lazy mapping was read")
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a lazy mapping was iterated")
+
+    def __len__(self) -> int:
+        raise AssertionError("the length of a lazy mapping was taken")
+
+
+class RaisingKey(str):
+    def __str__(self) -> str:
+        raise AssertionError("a key was made text")
+
+
+class TrapList(list[Any]):
+    def __iter__(self) -> Any:
+        raise AssertionError("it was iterated")
+
+    __getitem__ = __len__ = __iter__  # type: ignore[assignment]
+
+
+class OddModuleName:
+    __module__ = None  # type: ignore[assignment]
+
+
+def half_made() -> nn.Module:
+    return nn.Linear.__new__(nn.Linear)
+
+
+def dead() -> Any:
+    return weakref.proxy(OddModuleName())
+
+
+ODD = [Raising, ClassRaises, dead, lambda: MappingProxyType(LazyMapping()), OddModuleName, half_made]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["raising", "class", "dead-proxy", "lazy-mapping", "no-module", "half-made"])
+def test_objects_that_raise_when_they_are_asked_are_passed_over(odd: Any) -> None:
+    net = linear()
+    assert components_of(odd()) == {}
+    assert components_of({"a": odd(), "transformer": net}) == {"transformer": net}
+    assert components_of(SimpleNamespace(model=[odd()], transformer=net)) == {"transformer": net}
+
+
+def test_names_and_lists_of_other_classes_are_read_without_a_call() -> None:
+    net = linear()
+    assert components_of({RaisingKey("transformer"): net}) == {"transformer": net}
+    assert components_of(SimpleNamespace(models=TrapList([net]))) == {"0": net}
+    assert components_of({object(): net}) == {"0": net}
+    assert components_of(SimpleNamespace(_modules=["x"], object_patches=3, transformer=net)) == {"transformer": net}
 
 
 def test_objects_far_from_the_model_are_not_searched() -> None:

@@ -8,7 +8,7 @@ from quantwire.quantizers.compat.find import Found
 from quantwire.quantizers.compat.matrix import answer, rows
 from quantwire.quantizers.compat.modes import HOST_MODES, VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
 from quantwire.quantizers.compat.remedies import LIMIT, RemedyKind, Space, offered, remedies_for, settings_of
-from quantwire.quantizers.registry import format_ids
+from quantwire.quantizers.registry import format_ids, get_entry
 
 BAD = [r for r in rows() if r.verdict in (VerdictLevel.BLOCK, VerdictLevel.WARN)]
 FLAGS = {f.flag: f for f in LAUNCH_FLAGS}
@@ -128,3 +128,19 @@ def test_a_mode_is_offered_only_where_the_layers_run_in_it() -> None:
         assert grouped is (known[OffloadMode.GROUP] is VerdictLevel.OK)
         seen.add(grouped)
     assert seen == {True, False}
+
+
+def test_a_format_of_twice_the_bits_is_not_offered() -> None:
+    for row in BAD:
+        if row.format_id in format_ids():
+            for way in row.remedies:
+                if way.kind is RemedyKind.FORMAT:
+                    assert get_entry(way.value).bits <= 1.5 * get_entry(row.format_id).bits, (row.cell.key, way)
+
+
+def test_what_streaming_costs_these_layers_is_said() -> None:
+    ways = offered(Carrier.LIBRARY, "nncf-int8-sym", OffloadMode.PARTIAL, host=COMFYUI, variant="split")
+    (novram,) = (w for w in ways if w.value == "--novram")
+    assert "in host memory, where NNCF decompresses them" in novram.text
+    ways = offered(Carrier.LIBRARY, "bnb-nf4", OffloadMode.GROUP, host=STANDALONE, variant="leaf")
+    assert not [w for w in ways if "disk" in w.value], "from disk they run only if they were on the device before"

@@ -56,7 +56,7 @@ def standing_in(err: Exception, *places: str) -> Exception:
 
 # (error, frames, how the translation begins, measured with). The first three were raised by those versions with
 # accelerate 0.33.0 and 1.15.0, torch 2.13.0 on a CPU; the others stand in the sources of the versions named, where a
-# GPU is needed to raise them.
+# GPU is needed to raise them. "stopped with sequential" are those that only offload makes a conflict of.
 RECORDED = [
     (
         TypeError("QBytesTensor.__new__() missing 5 required positional arguments: 'axis', 'size', 'stride', 'data'"),
@@ -92,13 +92,13 @@ RECORDED = [
     (
         RuntimeError(SAME_DEVICE),
         ("diffusers.models.transformers.transformer_flux:forward", "bitsandbytes.nn.modules:forward"),
-        "a quantized layer stopped: its weight, or a part of it, and its input are on different devices",
+        "a quantized layer stopped with sequential offload: its weight, or a part of it, and its input are on",
         "read in torch 2.13.0",
     ),
     (
         RuntimeError("All input tensors need to be on the same GPU, but found some tensors to not be on a GPU:"),
         ("bitsandbytes.autograd._functions:forward", "bitsandbytes.functional:is_on_gpu"),
-        "a quantized layer stopped: its weight, or a part of it, and its input are on different devices",
+        "a quantized layer stopped with sequential offload: its weight, or a part of it, and its input are on",
         "bitsandbytes 0.45.5",
     ),
 ]  # fmt: skip
@@ -108,9 +108,11 @@ RECORDED = [
 def test_recorded_wordings_of_other_versions_raised_from_stand_in_frames(
     err: Exception, places: tuple[str, ...], begins: str, versions: str
 ) -> None:
-    translation = translate(standing_in(err, *places))
+    offloads = "stopped with sequential" in begins
+    translation = translate(standing_in(err, *places), mode=OffloadMode.SEQUENTIAL if offloads else None)
     assert translation is not None
     assert str(translation).startswith(begins)
+    assert (translate(standing_in(err, *places)) is None) == offloads
     assert str(err).splitlines()[0][:60] in str(translation)
     assert translate(standing_in(err, "custom_nodes.other.model:forward")) is None
 
@@ -197,10 +199,11 @@ class DriverOutOfMemory(torch.OutOfMemoryError):
 def test_out_of_memory_is_never_translated(kind: type[Exception]) -> None:
     """Even where a library were to use one of the texts: hosts recognise it by type, and free memory."""
     place = "optimum.quanto.tensor.weights.qbytes:forward"
-    assert translate(standing_in(RuntimeError(SAME_DEVICE), place)) is not None
+    mode = OffloadMode.SEQUENTIAL
+    assert translate(standing_in(RuntimeError(SAME_DEVICE), place), mode=mode) is not None
     assert issubclass(kind, RuntimeError)
-    assert translate(standing_in(kind(SAME_DEVICE), place)) is None
-    with pytest.raises(MemoryError), translated():
+    assert translate(standing_in(kind(SAME_DEVICE), place), mode=mode) is None
+    with pytest.raises(MemoryError), translated(mode=mode):
         raise MemoryError
 
 
@@ -244,7 +247,7 @@ def test_with_knowledge_the_ways_out_are_those_of_the_table() -> None:
     assert text.startswith("quanto-qint8 (7 layers of WeightQBytesTensor) stopped with sequential offload: ")
     ways_out = text.partition("Ways out:\n")[2].splitlines()
     assert 1 < len(ways_out) <= 3
-    assert "`carrier` of QuantizeModel to quantwire" in ways_out[0]
+    assert "carrier quantwire (QuantizeModel, format quanto-qint8)" in ways_out[0]
 
 
 def test_a_combination_that_the_table_has_as_running_is_to_be_reported() -> None:
@@ -253,14 +256,20 @@ def test_a_combination_that_the_table_has_as_running_is_to_be_reported() -> None
     assert "The table has this combination as one that runs: please report the traceback." in text
 
 
-def test_a_host_is_not_told_to_change_what_another_pack_does() -> None:
-    """accelerate's hooks in ComfyUI, which itself moves nothing: its options and OffloadCompat would not help."""
+@pytest.mark.parametrize(
+    ("mode", "variant"), [(OffloadMode.NONE, ""), (OffloadMode.PARTIAL, None), (OffloadMode.PARTIAL, "split")]
+)
+def test_a_host_is_not_told_to_change_what_another_pack_does(mode: OffloadMode, variant: str | None) -> None:
+    """accelerate's hooks in ComfyUI, which itself moves nothing: its options and OffloadCompat would not help.
+
+    It may take the weights that the hooks sent away for layers that it streams itself.
+    """
     found = [Found("a", Carrier.LIBRARY, "quanto-qint8", 1, "WeightQBytesTensor")]
     frames = ("comfy.samplers:outer_sample", "accelerate.big_modeling:cpu_offload", MODELING)
     err = standing_in(TypeError(QBYTES), *frames)
-    text = str(translate(err, host=HostName.COMFYUI, mode=OffloadMode.NONE, found=found))
+    text = str(translate(err, host=HostName.COMFYUI, mode=mode, variant=variant, found=found))
     assert "stopped with sequential offload (memory): " in text
-    assert "`carrier` of QuantizeModel to quantwire" in text
+    assert "carrier quantwire (QuantizeModel, format quanto-qint8)" in text
     assert "OffloadCompat" not in text
     assert "Start ComfyUI" not in text
 

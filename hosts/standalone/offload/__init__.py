@@ -2,7 +2,10 @@
 
 `set_offload` only notes the mode on a copy of the model object, so that LoRA and quantizing nodes after it see the
 weights as ever. They are placed right before the model runs (`running`), on a copy of its module tree that is kept as
-long as the module itself, so that the next run finds it in place.
+long as a model object asks for it, so that the next run finds it in place.
+
+One model runs with offloading at a time; other threads wait. Components share devices, and an offloader's hooks keep
+the state of one call.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +26,7 @@ from ....quantizers.compat.modes import HostName, OffloadMode
 from ....quantizers.compat.translate import translated
 from ....quantizers.errors import SpecError
 from ...offload import OffloadSettings
-from ..progress import Interrupted
+from ..progress import Interrupted, check_interrupted
 from .carry import place, variant_of
 from .device import check_device, execution_device
 from .placed import Placed
@@ -31,7 +35,10 @@ from .residency import RESIDENCY
 _copies: weakref.WeakKeyDictionary[nn.Module, dict[tuple[OffloadSettings, torch.device], Placed]] = (
     weakref.WeakKeyDictionary()
 )
-_placing = threading.RLock()
+_placing = threading.Lock()  # around the copies
+_one_run = threading.RLock()
+# Modules and users of copies that are not wanted any more. Objects may die anywhere, so it cannot wait for a lock.
+_left: deque[tuple[weakref.ref[nn.Module], int]] = deque()
 
 
 def set_offload(model: Any, settings: OffloadSettings) -> Any:
@@ -45,7 +52,8 @@ def set_offload(model: Any, settings: OffloadSettings) -> Any:
             f"An offload mode can be set on a MODEL, CLIP or VAE of the embedded host, got {type(model).__name__}."
         )
     check_device(settings, execution_device())
-    return dataclasses.replace(model, offload=settings)
+    # Copies live as long as this object does: as some model object carries it.
+    return dataclasses.replace(model, offload=dataclasses.replace(settings))
 
 
 def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
@@ -56,12 +64,17 @@ def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
     settings: OffloadSettings | None = getattr(model, "offload", None)
     if settings is None:
         return OffloadMode.NONE, ""
-    device, placed = execution_device(), placed_now(model)
-    variants = [
-        placed[name].variant if name in placed else variant_of(module, settings, device)
+    variants = [variant for _, (_, variant) in modules_now(model)]
+    return settings.mode, max(variants, key=lambda v: v.startswith("split"), default=settings.variant)
+
+
+def modules_now(model: Any) -> list[tuple[nn.Module, tuple[OffloadMode, str]]]:
+    """Each component of a model object that has a mode set, with the mode and variant that it runs under."""
+    settings, device, placed = model.offload, execution_device(), placed_now(model)
+    return [
+        (module, (settings.mode, placed[name].variant if name in placed else variant_of(module, settings, device)))
         for name, module in modules_of(model).items()
     ]
-    return settings.mode, max(variants, key=lambda v: v.startswith("split"), default=settings.variant)
 
 
 def placed_now(model: Any) -> dict[str, Placed]:
@@ -81,6 +94,21 @@ def running(model: Any) -> Iterator[Any]:
     if settings is None:
         yield model
         return
+    with _alone():
+        yield from _running(model, settings)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    while not _one_run.acquire(timeout=0.2):
+        check_interrupted()
+    try:
+        yield
+    finally:
+        _one_run.release()
+
+
+def _running(model: Any, settings: OffloadSettings) -> Iterator[Any]:
     modules = modules_of(model)
     with _explaining(modules, settings):
         placed = {name: _placed(name, module, settings) for name, module in modules.items()}
@@ -131,11 +159,38 @@ def _placed(name: str, module: nn.Module, settings: OffloadSettings) -> Placed:
     device = execution_device()
     with _placing:
         copies = _copies.setdefault(module, {})
-        if (settings, device) not in copies:
-            made = place(name, module, settings, device)
-            copies[settings, device] = made
-            made.release = weakref.finalize(module, made.close)  # also at exit: its files go
-        return copies[settings, device]
+        placed = copies.get((settings, device))
+        if placed is None:
+            own = dataclasses.replace(settings)  # what is kept must not hold the one that it goes with
+            placed = copies[own, device] = place(name, module, own, device)
+            placed.release = weakref.finalize(module, placed.close)  # also at exit: its files go
+        if id(settings) not in placed.users:
+            placed.users.add(id(settings))
+            weakref.finalize(settings, _leave, weakref.ref(module), id(settings)).atexit = False
+    _release_unused()
+    return placed
+
+
+def _leave(module: weakref.ref[nn.Module], user: int) -> None:
+    _left.append((module, user))
+    _release_unused()
+
+
+def _release_unused() -> None:
+    """Release copies that no model object asks for; who has the lock now does it afterwards."""
+    while _left and _placing.acquire(blocking=False):
+        try:
+            module, user = _left.popleft()
+            copies = _copies.get(module(), {})  # type: ignore[call-overload]
+            for key, placed in list(copies.items()):
+                placed.users.discard(user)
+                if not placed.users:
+                    del copies[key]
+                    placed.release()
+        except IndexError:  # another thread was faster
+            pass
+        finally:
+            _placing.release()
 
 
 def _discard(module: nn.Module, settings: OffloadSettings) -> None:
@@ -143,3 +198,4 @@ def _discard(module: nn.Module, settings: OffloadSettings) -> None:
         gone = _copies.get(module, {}).pop((settings, execution_device()), None)
     if gone is not None:
         gone.release()
+    _release_unused()

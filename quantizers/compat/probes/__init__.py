@@ -8,6 +8,7 @@ that takes its process down is one bad cell and not the end of the run.
     optional  libraries that may not be there
     build     the real layers of every carrier and format
     place     the real calls of every mode and variant, and the proof that the mode is in force
+    held      what layers hold in memory, and that they give it back
     moving    what would fail between two devices, on machines that have one
     cell      one cell: build, place, run, compare
     worker    a process that runs cells one after another

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..modes import Carrier, OffloadMode
 from ..row import Cell
 from .build import build, widths
+from .held import KeptNear, require_away, spoil
 from .moving import move
 from .net import compute_device, has_streams, inputs
 from .optional import Unavailable
@@ -103,6 +104,10 @@ def _run(
         same &= torch.equal(placed.module(x).to("cpu"), expected)
         placed.rest()
         placed.check()
+        require_away(placed.module, mode, variant, device)
+    # A pass that does not use what is kept away offloads nothing, although its output is right.
+    if spoil(placed.module, variant, kept) and torch.equal(placed.module(x).to("cpu"), expected):
+        raise KeptNear("what was offloaded was set to zeros, and the output stayed the same")
     return same
 
 

@@ -6,27 +6,34 @@ are done with the same real calls:
 - dispatching with hooks, once more to `meta`: what accelerate does there to a weight before it reaches the device is
   what it does for a GPU, except for bitsandbytes, whose weights it sends to a GPU by a way of their own;
 - a pass under diffusers' group offloading, which moves a weight by `weight.data = moved`, with a copy on the same
-  device as `moved`. Whatever of the layer is the old memory afterwards would have stayed on the other device.
+  device as `moved`. Whatever of the layer is the old memory afterwards would have stayed on the other device;
+- passes under accelerate's hook for whole modules, with every `to(device)` giving a copy. What is the old memory
+  after a move, beside a weight or in an object of its layer, would have stayed.
 
-`model` has none: `module.to(device)` goes another way for `meta` than between devices with memory.
+Layers are made on the CPU, so what is shown is a module that comes from there. One that was quantized on the device
+may keep there what stays here: the table says so where it matters.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..modes import OffloadMode
+from .held import has_memory, inner_tensors, memory
+from .net import named
 from .optional import load
-from .place import ProbeError, apply_group, groups, tensors_of_group
+from .place import ProbeError, apply_group, groups, place, tensors_of_group
 
-DEPTH = 4  # of objects in objects: a parameter, its quantization state, the state of that state
+# Another name of the CPU: accelerate's hook moves nothing to the device where a module already is.
+OTHER_CPU = torch.device("cpu", 0)
 
 
 class LeftBehind(Exception):
@@ -48,13 +55,54 @@ def move(
     """
     if device.type != "cpu":
         return
-    bnb = format_id.startswith("bnb-")
-    if mode is OffloadMode.BALANCED and variant == "whole" and not bnb:
+    if mode is OffloadMode.BALANCED and variant == "whole" and not format_id.startswith("bnb-"):
         load("accelerate").dispatch_model(net, device_map={"": "meta"}, main_device="meta", force_hooks=True)
-    # From disk, bitsandbytes' states are not needed: they never leave the device there.
-    elif mode is OffloadMode.GROUP and not (bnb and variant.endswith("disk")):
+    elif mode is OffloadMode.MODEL:
+        _move_whole(net, x, folder)
+    elif mode is OffloadMode.GROUP:
         folder.mkdir()
         _move_groups(net, x, variant.partition("-")[0], device, folder)
+
+
+def _move_whole(net: nn.Module, x: Tensor, folder: Path) -> None:
+    placed = place(net, OffloadMode.MODEL, "", OTHER_CPU, folder)
+    for what, step in (("forward", lambda: placed.module(x)), ("offload", placed.rest)) * 2:
+        before = memory(net)  # the tensors and not their addresses: those of freed ones are used again
+        own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+        with _Copies() as copies:
+            step()
+        unmoved = [n for n, t in before.items() if n in own and t.data_ptr() not in copies.sources]
+        if unmoved:
+            raise ProbeError(f"the hook's {what} did not move {', '.join(unmoved)}")
+        old = {t.data_ptr() for t in before.values()}
+        stayed = [path for path, t in memory(net).items() if t.data_ptr() in old]
+        if stayed:
+            layer = next(name for name in reversed(list(named(net))) if stayed[0].startswith(f"{name}."))
+            kind = type(net.get_submodule(layer)).__name__
+            parts = ", ".join(p.removeprefix(f"{layer}.") for p in stayed if p.startswith(f"{layer}."))
+            raise LeftBehind(f"accelerate moved {layer} ({kind}), and these stayed: {parts}")
+
+
+class _Copies(TorchFunctionMode):
+    """Lets every `to` that names a device give new memory, as it does between two of them.
+
+    Attributes:
+        sources: addresses of what was copied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = args[1] if args[1:] else kwargs.get("device")
+        if func is not torch.Tensor.to or not isinstance(given, (torch.device, str, int, Tensor)):
+            return func(*args, **kwargs)
+        if not has_memory(args[0]):
+            return _copied(args[0])
+        self.sources.add(args[0].data_ptr())
+        return func(*args, **{**kwargs, "copy": True})
 
 
 def _move_groups(net: nn.Module, x: Tensor, level: str, device: torch.device, folder: Path) -> None:
@@ -89,7 +137,7 @@ def _copied(t: Tensor) -> Tensor:
     """
     before = dict(inner_tensors(t))
     # quanto's `clone` dequantizes, and torchao's `to` ignores `copy`; the `to` of quanto's class for 256 columns fails.
-    for copy in (lambda: t.to(t.device, copy=True), lambda: t.detach().clone()):
+    for copy in (lambda: t.to(t.device, copy=True), lambda: t.detach().clone(), lambda: _rebuilt(t)):
         with contextlib.suppress(AttributeError):
             copied = copy()
             inside = dict(inner_tensors(copied))
@@ -98,14 +146,10 @@ def _copied(t: Tensor) -> Tensor:
     raise ProbeError(f"no copy of a {type(t).__name__} could be made")
 
 
-def inner_tensors(value: Any, path: str = "", depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors with values that a tensor holds, at any depth: parts of a subclass, and states beside it."""
-    for name, part in sorted(getattr(value, "__dict__", {}).items()) if depth else ():
-        if isinstance(part, Tensor):
-            below = list(inner_tensors(part, f"{path}{name}.", depth - 1))
-            yield from below or ([(f"{path}{name}", part)] if part.numel() else [])
-        elif not callable(part) and not isinstance(part, (type, torch.device, torch.dtype)):
-            yield from inner_tensors(part, f"{path}{name}.", depth - 1)
+def _rebuilt(t: Any) -> Tensor:
+    """A wrapper of copies of what it wraps."""
+    names, state = t.__tensor_flatten__()
+    return t.__tensor_unflatten__({n: _copied(getattr(t, n)) for n in names}, state, t.size(), t.stride())
 
 
 def _address(t: Tensor | None) -> int:

@@ -61,16 +61,32 @@ def _against(cell: Cell, verdict: VerdictLevel, needs: str, result: Result, requ
         return "" if needs else "unknown, although this machine can probe it"
     if verdict is VerdictLevel.OK and result.outcome != "equal":
         return "ok is twice the output of the module without offload, bit by bit"
-    if verdict is VerdictLevel.BLOCK and result.outcome == "equal":
+    if verdict is VerdictLevel.BLOCK and result.outcome != "error":
         return "blocked, although it runs"
-    if before is not None and before.outcome not in ("skipped", result.outcome):
+    if before is None or before.outcome == "skipped":
+        return ""
+    if before.outcome != result.outcome:
         return f"measured before as {before.outcome}"
+    # Any exception would do otherwise, also one of a probe that broke.
+    if _type(before.error) != _type(result.error):
+        return f"measured before as {_type(before.error)}"
     return ""
 
 
-def not_measured(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells of which measured.json has nothing at all."""
-    return [cell for cell in cells if cell.key not in measured()]
+def _type(error: str) -> str:
+    return error.partition(":")[0]
+
+
+def reworded(results: Mapping[Cell, Result]) -> list[str]:
+    """Errors of the same type as before with another text, which a new version of a library may bring."""
+    return [
+        f"{cell.key}: another text than before: {result.error}; before: {before.error}"
+        for cell, result in results.items()
+        if result.outcome == "error"
+        and (before := measured().get(cell.key)) is not None
+        and _type(before.error) == _type(result.error)
+        and before.error != result.error
+    ]
 
 
 def write(results: Mapping[Cell, Result], device: str, known: Iterable[Cell]) -> None:

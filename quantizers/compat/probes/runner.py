@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,12 +12,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..row import Cell
 from .cell import PROBE_ERROR, Result
+from .worker import AGAIN
 
 SIDE_BY_SIDE = 2  # processes: one a core on the smallest machines that run this
 CELL_S = 240.0  # the longest that one cell may take; quanto compiles C++ for a minute
@@ -52,7 +54,6 @@ class _Job:
     tries: int = 0
     in_flight: Cell | None = None
     since: float = 0.0
-    results: dict[Cell, Result] = field(default_factory=lambda: dict[Cell, Result]())
 
 
 def run(
@@ -82,8 +83,7 @@ def run(
         finally:
             for job in running:
                 if job.process is not None:
-                    job.process.kill()
-                    job.process.wait()
+                    _end(job.process)
     return results
 
 
@@ -114,7 +114,18 @@ def _start(job: _Job) -> None:
         job.process = subprocess.Popen(
             [sys.executable, "-c", START, str(ROOT), str(given), str(lines)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
         )  # fmt: skip
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started, such as compilers."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def _poll(job: _Job, results: dict[Cell, Result], progress: Progress | None, cell_s: float) -> bool:
@@ -124,12 +135,11 @@ def _poll(job: _Job, results: dict[Cell, Result], progress: Progress | None, cel
     for line in _lines(job):
         _take(job, line, results, progress)
     if code is None and time.monotonic() - job.since > cell_s:
-        job.process.kill()
-        job.process.wait()
+        _end(job.process)
         _charge(job, f"Timeout: no result after {cell_s:.0f} s", results, progress)
     elif code is None:
         return True
-    elif job.left:
+    elif job.left and (code != AGAIN or job.in_flight is not None):
         _charge(job, f"Crash: the process {_ending(code)}{_last_words(job)}", results, progress)
     if job.left:
         _start(job)

@@ -5,6 +5,9 @@ a file of their own: libraries print to both standard streams.
 
     {"start": "library/bnb-nf4/none"}
     {"done": "library/bnb-nf4/none", "result": {"outcome": "equal", ...}}
+
+On an accelerator a process ends after an error with `AGAIN`: an illegal access there fails whatever the process does
+next, which would be charged to the cells after it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 from ..modes import Carrier, OffloadMode
 from ..row import Cell
 
+AGAIN = 75
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the cells of a file.
@@ -30,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     quiet()
     from .cell import probe
+    from .net import compute_device
 
     cells = [_cell(*entry) for entry in json.loads(Path(argv[0]).read_text(encoding="utf-8"))]
     with Path(argv[1]).open("a", encoding="utf-8") as out:
@@ -37,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
             _write(out, {"start": cell.key})
             result = probe(cell)
             _write(out, {"done": cell.key, "result": dataclasses.asdict(result)})
+            if result.outcome == "error" and compute_device().type != "cpu":
+                return AGAIN
     return 0
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LATE = "Found right before the model ran: it was changed after OffloadCompat, or the host's memory mode was."
-_REMEMBERED = 16  # components and modes: a graph runs a few models in turn, each before and after it is loaded
+_REMEMBERED = 32  # components and modes: a graph runs a few models in turn, each before and after it is loaded
 _WHOLE = (OffloadMode.BALANCED, "whole")
 Verdicts = dict[str, list[Verdict]]
 
@@ -44,7 +44,8 @@ class Guard:
 
     Attributes:
         mode: what the user chose; None is whatever the host does. What the host does is checked in both cases.
-        variant: of the chosen mode; None is not known.
+        variant: of the chosen mode; None is not known. Another one of the same mode, that the host has in force, is
+            checked too.
     """
 
     host: HostName

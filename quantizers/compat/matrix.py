@@ -43,6 +43,7 @@ _WORST = (VerdictLevel.BLOCK, VerdictLevel.WARN, VerdictLevel.UNKNOWN, VerdictLe
 # These exist to keep a part of a component away; that it fits whole is the exception.
 _SPLITTING = (OffloadMode.BALANCED, OffloadMode.PARTIAL)
 _ON_DEMAND = "stream"  # variants that nobody gets without asking for them
+_DISK = "disk"  # memory is where weights are kept unless asked otherwise
 
 
 @functools.cache
@@ -152,22 +153,25 @@ def answer(carrier: Carrier, key: str, mode: OffloadMode, *, host: HostName, var
     """What a model with such weights does under a mode.
 
     Args:
-        variant: how the mode is carried out; None is not known. Then a mode that exists to split counts as splitting,
-            and one of which only some variants stop is a warning that names them.
+        variant: how the mode is carried out; None is not known. Then it counts as kept in memory, without streams; a
+            mode that exists to split counts as splitting; and a mode of which only some variants stop, those on disk
+            too, is a warning that names them.
     """
     names = [variant] if variant is not None else [v for v in VARIANTS[mode] if _ON_DEMAND not in v]
     by_variant = {name: find_row(carrier, key, mode, host=host, variant=name) for name in names}
     levels = {name: VerdictLevel.UNKNOWN if row is None else row.verdict for name, row in by_variant.items()}
+    usual = {name: level for name, level in levels.items() if _DISK not in name} or levels
     found = tuple(row for row in by_variant.values() if row is not None)
-    worst = next(level for level in _WORST if level in levels.values())
-    first = next((row for row in found if row.verdict is worst), None)
-    cause = first.cause if first is not None else ""
-    if len(set(levels.values())) > 1 and worst is VerdictLevel.BLOCK and mode not in _SPLITTING:
-        stops, runs = ([n for n, level in levels.items() if (level is worst) is stopped] for stopped in (True, False))
+    stops = [name for name, level in levels.items() if level is VerdictLevel.BLOCK]
+    surely = all(name in stops for name in usual) or (mode in _SPLITTING and any(name in stops for name in usual))
+    if stops and not surely:
+        runs = [name for name in names if name not in stops]
         may = "runs" if VerdictLevel.OK in levels.values() else "may run"
-        text = f"it {may} as {_listed(runs)} and stops as {_listed(stops)}: {cause}"
-        return Answer(VerdictLevel.WARN, text, found)
-    return Answer(worst, cause, tuple(row for row in found if row.verdict is worst))
+        cause = next(row.cause for row in found if row.verdict is VerdictLevel.BLOCK)
+        return Answer(VerdictLevel.WARN, f"it {may} as {_listed(runs)} and stops as {_listed(stops)}: {cause}", found)
+    worst = next(level for level in _WORST if level in levels.values())
+    rows_of_it = tuple(row for row in found if row.verdict is worst)
+    return Answer(worst, rows_of_it[0].cause if rows_of_it else "", rows_of_it)
 
 
 def probe_cells() -> list[Cell]:

@@ -11,6 +11,7 @@ from .matrix import answer
 from .modes import Carrier, HostName, OffloadMode, VerdictLevel
 from .remedies import Remedy, Space, remedies_for
 from .row import Row
+from .standalone_rules import MEASURED
 
 _SAID = {
     VerdictLevel.OK: "can run",
@@ -132,7 +133,7 @@ def _judge(found: Found, mode: OffloadMode, host: HostName, variant: str | None,
     ways_out: tuple[Remedy, ...] = ()
     if known.level is not VerdictLevel.OK:
         ways_out = remedies_for(found, mode, host=host, variant=variant, space=space)
-    cause = known.cause
+    cause = "measured" if mode is OffloadMode.NONE and known.cause == MEASURED else known.cause
     if not cause:
         holder = f"held by {found.kind}" if found.kind else f"in {_HOLDERS[found.carrier]} layers"
         cause = f"no measurement or document covers {found.format_id} {holder} in this mode"

@@ -51,7 +51,7 @@ def message(entry: Found, mode: OffloadMode = SEQUENTIAL, **kwargs: Any) -> str:
         ("bnb-nf4", GROUP, "leaf", VerdictLevel.BLOCK),
         ("bnb-nf4", GROUP, "leaf-disk", VerdictLevel.WARN),
         ("bnb-nf4", GROUP, "leaf-stream", VerdictLevel.WARN),
-        ("bnb-nf4", GROUP, None, VerdictLevel.WARN),
+        ("bnb-nf4", GROUP, None, VerdictLevel.BLOCK),  # in memory it stops by block and by leaf
         ("bnb-int8", OffloadMode.NONE, None, VerdictLevel.OK),
         ("bnb-int8", OffloadMode.MODEL, None, VerdictLevel.WARN),
         ("bnb-int8", BALANCED, "whole", VerdictLevel.OK),
@@ -62,6 +62,11 @@ def message(entry: Found, mode: OffloadMode = SEQUENTIAL, **kwargs: Any) -> str:
         ("quanto-qint4", BALANCED, None, VerdictLevel.BLOCK),
         ("quanto-qint8", GROUP, "leaf", VerdictLevel.BLOCK),
         ("gguf-q5-1", SEQUENTIAL, None, VerdictLevel.BLOCK),
+        # torchao runs in each of these from memory, and stops on disk.
+        ("torchao-int8wo", SEQUENTIAL, None, VerdictLevel.WARN),
+        ("torchao-int8wo", BALANCED, None, VerdictLevel.WARN),
+        ("torchao-int8wo", BALANCED, "split", VerdictLevel.OK),
+        ("torchao-int8wo", BALANCED, "split-disk", VerdictLevel.BLOCK),
         ("gguf-q8-0", OffloadMode.NONE, None, VerdictLevel.OK),
     ],
 )

@@ -196,7 +196,8 @@ def _files(paths: Sequence[Path]) -> list[tuple[Path, bool]]:
             continue
         inside = sorted(p for p in path.rglob("*.json") if p.is_file())
         if not inside:
-            raise FileError(f"There is no .json file in {path}.\nName workflow files, or a folder that has some.")
+            where = "this folder" if path == Path() else path  # `.` reads as an end of the sentence
+            raise FileError(f"There is no .json file in {where}.\nName workflow files, or a folder that has some.")
         for each in inside:
             found.setdefault(each, False)
     return list(found.items())

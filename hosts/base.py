@@ -142,7 +142,7 @@ class Host(Protocol):
         ...
 
     def offload_space(self, model: Any) -> Space | None:
-        """Bytes of a model object's weights and what the device has free for them, where the host decides by it."""
+        """Bytes of a model object's weights and what the device has free for them, where the host decides by it now."""
         ...
 
     def guarded(self, model: Any, guard: Guard) -> Any:

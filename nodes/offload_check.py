@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..hosts import current
 from ..hosts.objects import components_of
 from ..hosts.offload import OffloadSettings
 from ..quantizers.compat.guard import Action, Guard, Verdicts
-from ..quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
+from ..quantizers.compat.modes import HOST_MODES, Carrier, HostName, OffloadMode, VerdictLevel
+from ..quantizers.compat.remedies import RemedyKind, Space
+from ..quantizers.compat.rules import Verdict, described
 from ..quantizers.errors import SpecError
 
 Now = tuple[OffloadMode, str | None]
@@ -91,16 +93,19 @@ def run(
     later = guard if of is here else Guard(here, does)
     report = OffloadReport(chosen or OffloadMode.NONE, of, set_to=str(wanted) if wanted is not None else "")
     out: dict[str, Any] = {}
+    spaces: dict[str, Space | None] = {}
     for key, obj in objects.items():
         components = components_of(obj)
         if components:
-            now = host.offload_now(obj)
-            shown = {_unique(report, name, key): module for name, module in components.items()}
-            report.now |= dict.fromkeys(shown, now)
-            at = (chosen, variant) if chosen and foreign else now
-            report.verdicts |= guard.examine(shown, *at, None if foreign else host.offload_space(obj))
-            if of is here:
-                guard.passed(components, *now)
+            now = host.components_now(obj)
+            space = None if foreign else host.offload_space(obj)
+            for name, module in components.items():
+                shown = _unique(report, name, key)
+                report.now[shown], spaces[shown] = now[name], space
+                at = (chosen, variant) if chosen and foreign else now[name]
+                report.verdicts |= guard.examine({shown: module}, *at, space)
+                if of is here:
+                    guard.passed({name: module}, *now[name])
             out[key] = _guarded(host, key, obj, later, report)
         else:
             kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
@@ -108,6 +113,12 @@ def run(
             out[key] = obj
     if chosen is None:
         report.mode = _worst(report.now.values())
+    if wanted is not None:
+        report.notes += _told(wanted, report.now, spaces, objects)
+    elif chosen is not None:
+        report.notes += _runs_otherwise(chosen, report)
+    if foreign and does is not Action.REPORT:
+        report.verdicts = {name: [_followed_here(v) for v in vs] for name, vs in report.verdicts.items()}
     guard.act(report.verdicts, foreign)
     if foreign and does is not Action.REPORT:
         todo = "Choose one of these or auto, or set action to report to ask about another host's mode."
@@ -119,6 +130,39 @@ def _not_here(chosen: OffloadMode, here: HostName) -> str:
     called = "ComfyUI" if here is HostName.COMFYUI else "The embedded host"
     has = ", ".join(m.value for m in HOST_MODES[here])
     return f"{called} has no offload mode {chosen.value}; it has {has}."
+
+
+def _followed_here(verdict: Verdict) -> Verdict:
+    """Without the ways out that are options, modes or tensors of the host that is not this one."""
+    own = (RemedyKind.CARRIER, RemedyKind.FORMAT)
+    kept = tuple(r for r in verdict.remedies if r.kind in own and r.cell.carrier is not Carrier.HOST)
+    return replace(verdict, remedies=kept)
+
+
+def _told(
+    wanted: OffloadSettings, now: Mapping[str, Now], spaces: Mapping[str, Space | None], objects: Mapping[str, Any]
+) -> list[str]:
+    """What a mode that was set comes to, and what it leaves alone."""
+    said: list[str] = []
+    if wanted.mode is OffloadMode.BALANCED:
+        place = "in memory" if wanted.keep_on == "memory" else "on disk"
+        split = f"is larger than its share of the device, so layers that do not fit wait {place}"
+        whole = "fits its share of the device and is not split"
+        for name, (_, variant) in now.items():
+            space = spaces[name]
+            how = f" ({space})" if space is not None else ""
+            said.append(f"{name} {whole if variant == 'whole' else split}{how}.")
+    alone = [name for name in ("model", "clip", "vae") if name not in objects]
+    return [*said, *([f"Not linked here, so no mode was set for: {', '.join(alone)}."] if alone else [])]
+
+
+def _runs_otherwise(chosen: OffloadMode, report: OffloadReport) -> list[str]:
+    """Of conflicts that do not stop the graph: what it does instead of the mode that was asked about."""
+    return [
+        f"{name}: the verdict is about mode {chosen.value}; this graph runs it {described(*report.now[name])}."
+        for name, verdicts in report.verdicts.items()
+        if report.now[name][0] is not chosen and any(v.level is not VerdictLevel.OK for v in verdicts)
+    ]
 
 
 def _variant(chosen: OffloadMode, settings: Mapping[str, Any]) -> str | None:

@@ -304,9 +304,9 @@ def with_replaced(types: dict[str, NodeType], replaced: Mapping[str, Any]) -> di
         new = types.get(str(entry.get("new_node_id"))) if isinstance(entry, dict) else None
         if new is None or name in types:
             continue
-        listed = entry.get("input_mapping")
-        pairs = [(m.get("old_id"), m.get("new_id")) for m in listed if isinstance(m, dict)] if listed else []
-        inputs = {o: replace(new.inputs[n], name=o) for o, n in pairs if isinstance(o, str) and n in new.inputs}
+        listed = _listed(entry.get("input_mapping"))
+        pairs = [(m.get("old_id"), new.inputs.get(str(m.get("new_id")))) for m in listed if isinstance(m, dict)]
+        inputs = {o: replace(i, name=o) for o, i in pairs if isinstance(o, str) and i is not None}
         older[name] = replace(new, name=name, inputs=inputs if listed else new.inputs, replaced_by=new.name)
         if not listed and any(i.required for i in new.inputs.values()):
             older[name] = replace(older[name], drops_inputs=True)

@@ -224,6 +224,8 @@ class Checks:
         certain = node.class_type in self.own or node.class_type in core_nodes()
         for name, value in node.values.items():
             i = node_type.inputs.get(name) if node_type else None
+            if isinstance(value, dict) and "__value__" in value:  # how the editor tells a list value from a link
+                value = value["__value__"]
             fault = number_fault(i, value) if i is not None else ""
             if fault:
                 found = True
@@ -233,8 +235,6 @@ class Checks:
                 continue
             if self.catalog.server is None and (i.folder or (node.class_type, name) in OF_THE_HOST):
                 continue
-            if isinstance(value, dict) and "__value__" in value:
-                value = value["__value__"]
             for one in value if isinstance(value, list) else [value]:
                 if one in i.choices or (node.class_type in self.own and name == "format" and one is not None):
                     continue

@@ -14,6 +14,8 @@ from .images import PreviewImage, SaveImage
 from .loaders import CLIPLoader, DualCLIPLoader, LoraLoaderModelOnly, UNETLoader, VAELoader
 
 MAX_RESOLUTION = 16384
+SAMPLERS = ("euler",)
+SCHEDULERS = ("simple", "sgm_uniform", "normal")
 
 
 class CLIPTextEncode:
@@ -98,8 +100,6 @@ class KSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        from .sampling import SAMPLERS, SCHEDULERS
-
         seed = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
         return {
             "required": {

@@ -110,6 +110,8 @@ class Executor:
         prompt = prompt if isinstance(prompt, Prompt) else parse_workflow(prompt)
         checked = check(prompt, self._classes)
         raise_problems(checked.problems, prompt.source)
+        for warning in checked.warnings:
+            _log.warning("%s", warning)
         import torch
 
         with torch.inference_mode():

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...quantizers.compat.modes import OffloadMode
 from ...quantizers.errors import FileError
 from ..base import missing
+
+if TYPE_CHECKING:
+    from ..offload import OffloadSettings
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 # ComfyUI's folder names, and the older names that it still searches.
@@ -33,7 +37,7 @@ class ModelFolders:
 
     def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
         for path in self.candidates(folder, name):
-            if _is_file(path):
+            if os.path.isfile(path):  # False, too, for a name that no file system takes
                 return path
         files = self.list_files(folder, suffixes)
         searched = ", ".join(str(root) for root in self._roots(folder))
@@ -65,13 +69,6 @@ class ModelFolders:
         return ", ".join(str(m) for m in self.models)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file system takes: thousands of characters, or a null among them
-        return False
-
-
 def _files_below(root: Path) -> Iterator[str]:
     """Relative paths of the files below a folder, links to folders followed once each."""
     seen: set[str] = set()
@@ -84,7 +81,7 @@ def _files_below(root: Path) -> Iterator[str]:
         seen.add(real)
         files = (Path(folder, n) for n in names if not n.startswith("."))
         # A link to a file that is gone is listed by the system, and is none.
-        yield from (path.relative_to(root).as_posix() for path in files if path.exists())
+        yield from (path.relative_to(root).as_posix() for path in files if os.path.exists(path))
 
 
 def default_model_folders() -> list[Path]:

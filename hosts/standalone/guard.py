@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...quantizers.compat.installed import installed
 from ...quantizers.compat.modes import OffloadMode
+from ...quantizers.compat.remedies import Space
 from ...quantizers.errors import SpecError
 from ..objects import components_of
 from . import offload
+from .offload.carry import share
+from .offload.device import execution_device, nbytes_of
 
 if TYPE_CHECKING:
     from ...quantizers.compat.guard import Guard
@@ -34,9 +37,9 @@ def check_before(model: Any) -> None:
     """
     if model.guard is None:
         return
-    modules, now = components_of(model), components_now(model)
-    for state in dict.fromkeys(now.values()):
-        model.guard({name: module for name, module in modules.items() if now[name] == state}, *state)
+    now = components_now(model)
+    for name, module in components_of(model).items():
+        model.guard({name: module}, *now[name])
 
 
 def offload_now(model: Any) -> tuple[OffloadMode, str | None]:
@@ -55,3 +58,12 @@ def components_now(model: Any) -> dict[str, tuple[OffloadMode, str | None]]:
         name: told.get(id(module)) or installed([module]) or (OffloadMode.NONE, "")
         for name, module in components_of(model).items()
     }
+
+
+def offload_space(model: Any) -> Space | None:
+    """What balanced decides by: the share of one component. Of several each has that share, so nothing is told."""
+    settings = getattr(model, "offload", None)
+    modules = [] if settings is None else list(offload.modules_of(model).values())
+    if len(modules) != 1 or settings.mode is not OffloadMode.BALANCED:
+        return None
+    return Space(nbytes_of(modules[0]), share(settings, execution_device()))

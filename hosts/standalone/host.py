@@ -139,7 +139,9 @@ class StandaloneHost(ModelFolders):
         return components_now(model)
 
     def offload_space(self, model: Any) -> Space | None:
-        return None  # nothing but `balanced` asks, which has a cap of its own
+        from .guard import offload_space
+
+        return offload_space(model)
 
     def guarded(self, model: Any, guard: Guard) -> Any:
         from .guard import guarded

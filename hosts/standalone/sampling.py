@@ -21,9 +21,6 @@ from .offload import running
 from .progress import progress
 from .record import recorded
 
-SAMPLERS = ("euler",)
-SCHEDULERS = ("simple", "sgm_uniform", "normal")
-
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 

@@ -6,6 +6,7 @@ another value than the one written, or fail in mid-run: text for a BOOLEAN (`"fa
 object for a STRING, null for a COMBO also where VALIDATE_INPUTS answers for it (to which null is a link), nan or
 infinity for a FLOAT (nan is below no minimum), a negative output index, a link into an input that the node does not
 have. And one bad branch stops the whole workflow: in a batch run, a silently missing output is worse than an error.
+Values for inputs that a node does not have are passed over as there, but with a warning.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Checked:
     """Nodes that the outputs need, every node after those that it needs; meaningless when there is a cycle."""
     outputs: list[str]
     bound: dict[str, BoundNode]
+    warnings: list[Problem] = field(default_factory=lambda: list[Problem]())
+    """What ComfyUI passes over without a word: inputs that a node does not have, such as a misspelt name."""
 
 
 def validate(prompt: Prompt, node_classes: Mapping[str, type]) -> list[Problem]:
@@ -174,6 +177,7 @@ class _Checker:
         self.specs: dict[str, NodeSpec | str] = {}
         self.bound: dict[str, BoundNode] = {}
         self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
         self.faulty: dict[str, set[str]] = {}
         # Object types such as MODEL: values of these come out of nodes only, never out of a workflow file.
         known = {node.class_type: node_classes.get(node.class_type) for node in prompt.nodes.values()}
@@ -198,7 +202,7 @@ class _Checker:
         self.problems.sort(key=lambda p: rank[p.node_id] if p.node_id is not None else -1)
         if not outputs and not unknown:
             self.problems.append(Problem("prompt_no_outputs", None, "", "", None, self.no_output_text()))
-        return Checked(self.problems, found_order, outputs, self.bound)
+        return Checked(self.problems, found_order, outputs, self.bound, self.warnings)
 
     def no_output_text(self) -> str:
         text = f"{self.prompt.source}: there is no output node, so nothing would run."
@@ -234,6 +238,9 @@ class _Checker:
                 self.bind_link(bound, name, value, info, check_type="input_types" not in params)
             elif info is not None:
                 self.bind_literal(bound, name, value, info, check_range=not own_check)
+            elif spec and not _parameters(_function(node_class))[1]:
+                text = f"the node has no such input, so what the workflow gives it is not used.{near(name, spec.names)}"
+                self.warnings.append(Problem("unknown_input", *node.place, name, text))
         for name in spec.groups.get("required", {}) if spec else ():
             if name not in node.inputs:
                 stray = near(name, [n for n in node.inputs if spec and spec.get(n) is None], limit=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,25 @@ def test_recorded_nodes_are_the_servers(comfyui: Any) -> None:
             now = from_object_info(name, info[name])
             assert list(recorded[name].inputs) == [i.replace(" ", "_") for i in now.inputs], name
             assert recorded[name].outputs == now.outputs, name
+
+
+def test_bundled_templates_lack_nothing(comfyui: Any) -> None:
+    """ComfyUI's own examples: no input is missing, with and without the server, and without it nothing is wrong."""
+    from quantwire.hosts.lint.catalog import ask_server
+    from quantwire.hosts.lint.graph import Level
+    from quantwire.hosts.lint.lint import Linter, Options
+    from quantwire.nodes import NODE_CLASS_MAPPINGS
+    from quantwire.quantizers.compat.modes import HostName
+
+    code = "import comfyui_workflow_templates_json as t; print(list(t.__path__)[0])"
+    asked = subprocess.run([os.environ["COMFYUI_PYTHON"], "-c", code], capture_output=True, text=True, check=False)
+    paths = sorted(Path(asked.stdout.strip()).rglob("*.json")) if asked.returncode == 0 else []
+    if not paths:
+        pytest.skip("this ComfyUI brings no templates")
+    alone = Linter(Options(host=HostName.COMFYUI, find_models=False), NODE_CLASS_MAPPINGS)
+    asking = Linter(Options(server=ask_server(comfyui.url)), NODE_CLASS_MAPPINGS)
+    faults: list[Any] = []
+    for path in paths:
+        faults += [(path.name, f) for f in alone.check(path, False).findings if f.level is Level.ERROR]
+        faults += [(path.name, f) for f in asking.check(path, False).findings if f.code == "missing-input"]
+    assert faults == []

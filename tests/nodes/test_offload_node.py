@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,6 +264,7 @@ def test_set_mode_is_refused_where_the_layers_would_break(executor: Executor, ch
         ({"mode": "fast"}, "mode 'fast' is not among its choices"),
         ({"mode": "group", "group_level": "row"}, "group_level 'row' is not among its choices"),
         ({"mode": "balanced", "set_mode": True, "low_watermark": 0.9}, "above high_watermark"),
+        ({"mode": "balanced", "device_gib": -1}, "device_gib -1.0 is not in its range, 0.0 to 4096.0"),
     ],
     ids=lambda v: v.get("mode") if isinstance(v, dict) else "",
 )
@@ -276,6 +278,102 @@ def test_wrong_inputs_are_told_before_anything_is_loaded(
         executor.run(graph)
     assert said in str(caught.value)
     assert started.kinds == []
+
+
+def test_every_wrong_input_is_told_at_once(executor: Executor, checked: Any) -> None:
+    graph = checked("bnb-nf4", "quantwire", "balanced", set_mode=True, use_stream=True)
+    graph["check"]["inputs"] |= {"device_gib": -1.0, "low_watermark": 0.9, "blocks_per_group": -2}
+    with pytest.raises(WorkflowError) as caught:
+        executor.run(graph)
+    for said in ("device_gib -1.0", "low_watermark 0.9 is above", "blocks_per_group -2", "use_stream has no meaning"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine's accelerator has streams")
+def test_a_stream_without_a_device_for_it_is_told_before_anything_is_loaded(executor: Executor, checked: Any) -> None:
+    executor._listener = started = Started()
+    with pytest.raises(WorkflowError, match="cpu has no streams for it"):
+        executor.run(checked("bnb-nf4", "quantwire", "group", set_mode=True, use_stream=True))
+    assert started.kinds == []
+
+
+def test_a_misspelt_input_is_warned_of(executor: Executor, checked: Any, caplog: pytest.LogCaptureFixture) -> None:
+    graph = checked("bnb-nf4", "library", AUTO, modes="sequential")
+    with caplog.at_level(logging.WARNING):
+        assert executor.run(graph).results["latent"]
+    (said,) = [r.message for r in caplog.records if "no such input" in r.message]
+    assert said.startswith("node check (OffloadCompat).modes: ")
+    assert "Did you mean mode" in said
+
+
+def test_another_variant_of_the_mode_that_was_set_is_found(executor: Executor, checked: Any, make_node: Any) -> None:
+    graph = checked("torchao-int8wo", "library", "sequential", "report", keep_on="disk", set_mode=True)
+    second = {"model": ["check", 0], "mode": "sequential", "action": "block"}
+    graph["second"] = make_node("OffloadCompat", **second)
+    graph["sampler"]["inputs"]["model"] = ["second", 0]
+    with pytest.raises(OffloadConflict, match=r"cannot run with sequential offload \(disk\)"):
+        executor.run(graph)
+
+
+def test_each_component_is_judged_by_its_own_mode(host: Any) -> None:
+    from accelerate import cpu_offload
+
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    cpu_offload(plain, torch.device("cpu"))
+    quantized = torch.nn.Sequential(make_layer(quantize_weight("bnb-nf4"), None, Carrier.LIBRARY))
+    pipe = SimpleNamespace(text_encoder=plain, transformer=quantized)
+    report = OffloadCompat().check(AUTO, "block", pipeline=pipe)["result"][1]
+    assert report.now == {
+        "text_encoder": (OffloadMode.SEQUENTIAL, "memory"),
+        "transformer": (OffloadMode.NONE, ""),
+    }
+    assert [v.level for v in report.verdicts["transformer"]] == [VerdictLevel.OK]
+
+
+def test_ways_out_of_another_hosts_mode_can_be_followed_here(executor: Executor, checked: Any) -> None:
+    with pytest.raises(OffloadConflict) as caught:
+        executor.run(checked("bnb-nf4", "library", "partial"))
+    ways = str(caught.value).partition("Ways out:\n")[2].splitlines()
+    assert "carrier quantwire" in ways[0]
+    assert not any("ComfyUI" in way for way in ways)
+
+
+def test_a_conflict_that_does_not_stop_says_what_the_graph_does(executor: Executor, checked: Any) -> None:
+    result = executor.run(checked("bnb-nf4", "library", "sequential", "report"))
+    (note,) = result.outputs["check"]["report"][0]["notes"]
+    assert note == "transformer: the verdict is about mode sequential; this graph runs it without offload."
+    assert note in result.outputs["check"]["text"][0]
+
+
+def test_a_mode_that_was_set_says_what_it_comes_to(executor: Executor, checked: Any) -> None:
+    def notes(**settings: Any) -> list[str]:
+        graph = checked("bnb-nf4", "quantwire", "balanced", set_mode=True, **settings)
+        return executor.run(graph).outputs["check"]["report"][0]["notes"]
+
+    whole, alone = notes(device_gib=64.0)
+    assert re.fullmatch(
+        r"transformer fits its share of the device and is not split "
+        r"\(it takes \d+ MiB and 51\.2 GiB are free for it\)\.",
+        whole,
+    )
+    assert alone == "Not linked here, so no mode was set for: clip, vae."
+    split, _ = notes(device_gib=1e-6)
+    assert "is larger than its share of the device, so layers that do not fit wait in memory (it takes" in split
+    assert split.endswith("and 0 MiB are free for it).")
+
+
+def test_library_layers_run_where_balanced_splits_nothing(executor: Executor, checked: Any) -> None:
+    plain = executor.run(checked("quanto-qint8", "library", AUTO)).results["latent"][0]["samples"]
+    graph = checked("quanto-qint8", "library", "balanced", set_mode=True, device_gib=64.0)
+    assert torch.equal(executor.run(graph).results["latent"][0]["samples"], plain)
+    graph["check"]["inputs"]["device_gib"] = 1e-6
+    with pytest.raises(OffloadConflict, match=r"cannot run with balanced offload \(split\)"):
+        executor.run(graph)
+
+
+def test_without_offload_is_not_compared_with_itself(executor: Executor, checked: Any) -> None:
+    text = executor.run(checked("bnb-nf4", "library", "none")).outputs["check"]["text"][0]
+    assert "can run without offload: measured." in text
 
 
 def test_a_vae_and_another_object_pass_through_checked(executor: Executor, sampled: Any, make_node: Any) -> None:

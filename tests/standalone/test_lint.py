@@ -280,3 +280,15 @@ def test_a_missing_file_does_not_stop_the_others(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert f"{tmp_path}/absent.json: error: does not exist." in out
     assert "2 files checked" in out
+
+
+@pytest.mark.parametrize(
+    "path", [PLANTED / "editor" / "flux_gguf_city96.json", SHIPPED / "quantized.json"], ids=["ComfyUI", "own"]
+)
+def test_nothing_heavy_is_imported(path: Path, tmp_path: Path) -> None:
+    """Importing torch takes longer than all the rest; without models nothing needs it."""
+    code = f"import sys; from quantwire.cli import main; print(main(['lint', {str(path)!r}, '--no-models', '--quiet']))"
+    code += "; print(sorted({'torch', 'bitsandbytes', 'diffusers', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:2] == ["0", "[]"], done.stderr
+    assert done.stderr == ""

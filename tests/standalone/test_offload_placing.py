@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ from quantwire.hosts.record import Recorder
 from quantwire.hosts.standalone import flux
 from quantwire.hosts.standalone.lora import LoraLinear
 from quantwire.hosts.standalone.models import DiffusionModel, store_as
-from quantwire.hosts.standalone.offload import offload_now, placed_now, running, set_offload
+from quantwire.hosts.standalone.offload import RESIDENCY, offload_now, placed_now, running, set_offload
 from quantwire.hosts.standalone.offload.carry import place
 from quantwire.hosts.standalone.offload.copies import own_copy
 from quantwire.hosts.standalone.offload.device import CPU, nbytes_of
@@ -89,13 +94,19 @@ def test_placement_is_in_force(model: DiffusionModel, variant: str) -> None:
         assert diffusers == blocks + 1, "one a block, and one for what stands around them"
     if variant.startswith("group-leaf"):
         assert diffusers > 10 * blocks
-    written = files(copy.folder)
-    assert bool(written) == variant.endswith("disk")
+    on_disk = variant.endswith("disk")
+    assert bool(copy.folder) == on_disk
+    assert bool(copy.disk) == (on_disk and not variant.startswith("group"))
+    if os.name == "posix":
+        named = on_disk and copy.disk is None
+        assert bool(files(copy.folder)) == named, "a mapped file has no name, so that it goes with the process"
     if variant == "group-block-disk":
-        assert len(written) == blocks + 1
-    if variant.endswith("disk"):
+        assert len(files(copy.folder)) == blocks + 1
+    if on_disk:
         assert stat.S_IMODE(copy.folder.stat().st_mode) == 0o700  # type: ignore[union-attr]
         nbytes = sum(p.stat().st_size for p in copy.folder.iterdir())  # type: ignore[union-attr]
+        if copy.disk is not None:
+            nbytes += sum(copy.disk[name].nbytes for name in set(copy.disk._names.values()))
         whole = nbytes_of(model.transformer)
         assert 0.1 * whole < nbytes < 1.1 * whole, "written once"
 
@@ -251,6 +262,50 @@ def test_kept_weights_are_neither_stale_nor_in_the_way(
     assert same(velocities(made), expected)
 
 
+# --- threads ---
+
+
+@EVERY
+def test_threads_that_share_a_model_run_one_after_another(
+    model: DiffusionModel, wanted: list[Tensor], variant: str
+) -> None:
+    offloaded = under(model, variant)
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(same(velocities(offloaded), wanted))
+        except Exception as err:
+            found.append(err)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+
+
+def test_waiting_for_another_run_can_be_interrupted(model: DiffusionModel) -> None:
+    from quantwire.hosts.standalone.progress import Listener, NodeScope, node_scope
+    from quantwire.hosts.standalone.workflow import PromptNode
+
+    offloaded, caught = under(model, "model"), threading.Event()
+
+    def wait() -> None:
+        with node_scope(NodeScope(PromptNode("1", "KSampler", {}), Listener(), lambda: True)):
+            try:
+                velocities(offloaded)
+            except Interrupted:
+                caught.set()
+
+    with running(offloaded):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert caught.wait(10)
+        thread.join()
+
+
 # --- failures ---
 
 
@@ -310,9 +365,66 @@ def test_too_little_room_is_said_before_writing(model: DiffusionModel, monkeypat
     from quantwire.hosts.standalone.offload import disk
 
     free = disk.shutil.disk_usage(tempfile.gettempdir()).free
-    with pytest.raises(FileError, match=r"MiB of weights are to be kept on disk.*MiB are free there") as caught:
-        disk.private_folder(free + (1 << 30))
+    said = pytest.raises(FileError, match=r"MiB of weights are to be kept on disk.*MiB are free there")
+    with said as caught, disk.private_folder(free + (1 << 30)):
+        pass
     assert "TMPDIR" in str(caught.value)
+
+
+def test_a_temporary_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would take another one without a word, or raise an error without a way out."""
+    from quantwire.hosts.standalone.offload.disk import private_folder
+
+    gone = tmp_path / "gone"
+    monkeypatch.setenv("TMPDIR", str(gone))
+    with pytest.raises(FileError, match=f"TMPDIR is {gone}.*\n.*or choose keep_on memory"), private_folder(1):
+        pass
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(gone))
+    no_folder = r"no folder can be made for offloaded weights.*\n.*or choose keep_on memory"
+    with pytest.raises(FileError, match=no_folder), private_folder(1):
+        pass
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(gone)])
+    nowhere = r"There is no folder for temporary files.*\n.*or choose keep_on memory"
+    with pytest.raises(FileError, match=nowhere), private_folder(1):
+        pass
+
+
+ABANDONS = """
+import os, signal, sys, tempfile
+from quantwire.hosts.standalone.offload.disk import private_folder
+with private_folder(1) as folder:
+    (folder / "group_0.safetensors").write_bytes(b"1234")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the system removes no folder of an open file")
+def test_folders_of_processes_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantwire.hosts.standalone.offload.disk import private_folder
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other = subprocess.Popen(
+        [sys.executable, "-c", ABANDONS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        left = Path(other.stdout.readline().strip())  # type: ignore[union-attr]
+        with private_folder(1) as own:
+            assert (left / "group_0.safetensors").read_bytes() == b"1234", "it is in use"
+            with private_folder(1):
+                assert own.is_dir(), "and so is that of this process"
+        other.send_signal(signal.SIGTERM)
+        assert other.wait() == -signal.SIGTERM
+        assert left.is_dir()
+    finally:
+        other.kill()
+        other.communicate()
+    with private_folder(1):
+        assert not left.exists()
+    assert files(tmp_path) == [], "no lock stays either"
 
 
 # --- the end ---
@@ -336,6 +448,53 @@ def test_memory_and_files_go_with_the_model(variant: str) -> None:
     del copy
     gc.collect()
     assert all(ref.expired() for ref in weights)
+
+
+@EVERY
+def test_a_mode_that_no_model_object_has_any_more_is_released(
+    model: DiffusionModel, wanted: list[Tensor], variant: str
+) -> None:
+    first, second = under(model, variant), under(model, variant)
+    velocities(first)
+    velocities(second)
+    copy = placed(second)
+    assert placed(first) is copy
+    del first
+    assert not copy.closed, "the other one asks for the same"
+    renamed = dataclasses.replace(second, source="renamed")
+    del second
+    assert placed(renamed) is copy
+    folder = copy.folder
+    del renamed
+    assert copy.closed
+    assert not list(copy.module.parameters())
+    assert folder is None or not folder.exists()
+    assert copy not in RESIDENCY.inside()
+    assert same(velocities(model), wanted)
+    assert same(velocities(under(model, variant)), wanted)
+
+
+def test_an_object_that_dies_while_another_is_placed_is_not_forgotten(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies are locked then, and who dies cannot wait."""
+    from quantwire.hosts.standalone import offload
+
+    dying = [under(model, "model")]
+    velocities(dying[0])
+    copy = placed(dying[0])
+    real = offload.place
+
+    def place_slowly(*args: Any) -> Placed:
+        dying.clear()
+        assert not copy.closed
+        return real(*args)
+
+    monkeypatch.setattr(offload, "place", place_slowly)
+    other = under(model, "sequential")
+    velocities(other)
+    assert copy.closed
+    assert not placed(other).closed
 
 
 # --- copies ---

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from offload_models import GIB, VARIANTS, settings
 from quantwire.hosts.offload import OffloadSettings
-from quantwire.hosts.standalone.offload import RESIDENCY, placed_now, set_offload
+from quantwire.hosts.standalone.guard import components_now
+from quantwire.hosts.standalone.offload import RESIDENCY, offload_now, placed_now, set_offload
 from quantwire.hosts.standalone.offload.carry import place
+from quantwire.hosts.standalone.offload.device import CPU, nbytes_of
 from quantwire.hosts.standalone.offload.placed import Placed
 from quantwire.hosts.standalone.offload.residency import Residency
 from quantwire.hosts.standalone.text_encoders import Encoder, TextEncoder
@@ -198,6 +201,75 @@ def test_what_is_gone_is_forgotten() -> None:
     del part
     gc.collect()
     assert names(residency) == []
+
+
+def test_a_split_component_is_known_as_soon_as_it_is_placed(clip: TextEncoder) -> None:
+    """Before it computes: others are placed then, and an interruption may come first."""
+    module = clip.encoders["t5xxl"].module
+    asked = settings("balanced-split", module)
+    first = place("first", module, asked, CPU)
+    assert first.variant == "split"
+    assert first.is_in
+    assert names(RESIDENCY) == ["first"]
+    assert RESIDENCY.held(CPU) == first.nbytes > 0
+    second = place("second", module, asked, CPU)
+    assert names(RESIDENCY) == ["second"], "on at most 12 GiB only the one that is used stays"
+    assert not first.is_in
+    RESIDENCY.enter(first)
+    assert names(RESIDENCY) == ["first"]
+    assert not second.is_in
+    for placed in (first, second):
+        placed.close()
+
+
+def test_the_mode_of_each_component(clip: TextEncoder) -> None:
+    """A split T5 says nothing about the CLIP beside it."""
+    from accelerate import cpu_offload
+
+    assert components_now(clip) == dict.fromkeys(("clip_l", "t5xxl"), (OffloadMode.NONE, ""))
+    small, large = sorted(nbytes_of(e.module) for e in clip.encoders.values())
+    asked = OffloadSettings(OffloadMode.BALANCED, **balanced((small + large) / 2 / MIB, 0.2))
+    split = set_offload(clip, asked)
+    names_by_size = sorted(clip.encoders, key=lambda n: nbytes_of(clip.encoders[n].module))
+    wanted = dict(zip(names_by_size, ((OffloadMode.BALANCED, "whole"), (OffloadMode.BALANCED, "split")), strict=True))
+    assert components_now(split) == wanted
+    assert offload_now(split) == (OffloadMode.BALANCED, "split")
+    encoded(split)
+    assert components_now(split) == wanted, "once placed too"
+    hooked, plain = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
+    cpu_offload(hooked, execution_device=CPU)
+    pipe = SimpleNamespace(text_encoder=hooked, transformer=plain)
+    assert components_now(pipe) == {
+        "text_encoder": (OffloadMode.SEQUENTIAL, "memory"), "transformer": (OffloadMode.NONE, "")
+    }  # fmt: skip
+
+
+def test_a_guard_is_told_the_mode_of_each_component(clip: TextEncoder) -> None:
+    small, large = sorted(nbytes_of(e.module) for e in clip.encoders.values())
+    asked = OffloadSettings(OffloadMode.BALANCED, **balanced((small + large) / 2 / MIB, 0.2))
+    told: dict[str, Any] = {}
+
+    def guard(components: dict[str, nn.Module], mode: OffloadMode, variant: str | None) -> None:
+        told.update(dict.fromkeys(components, (mode, variant)))
+
+    encoded(dataclasses.replace(set_offload(clip, asked), guard=guard))
+    assert set(told) == {"clip_l", "t5xxl"}
+    assert {variant for _, variant in told.values()} == {"whole", "split"}
+
+
+def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in numbers of a device: the arithmetic, where no accelerator is at hand."""
+    from quantwire.hosts.standalone.offload import device as at
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    asked = OffloadSettings(OffloadMode.BALANCED)
+    assert at.device_nbytes(asked, gpu, held=2 * GIB) == (3 + 2 + 5) * GIB
+    assert at.device_nbytes(dataclasses.replace(asked, device_gib=6), gpu, held=2 * GIB) == 6 * GIB
 
 
 def test_a_run_enters_its_components_one_by_one(clip: TextEncoder, demo_models: Path) -> None:

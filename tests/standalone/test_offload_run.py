@@ -140,6 +140,21 @@ def test_a_run_interrupted_in_the_middle_of_sampling_can_be_run_again(
     assert np.array_equal(pixels(tmp_path / "out", "quantized"), pixels(tmp_path / "out", "plain"))
 
 
+def test_modes_that_a_graph_has_left_take_nothing(
+    api: Callable[[str], Any], demo_models: Path, tmp_path: Path, own_temporary: Path
+) -> None:
+    """The model is kept from run to run, and only OffloadCompat runs again."""
+    with use(StandaloneHost([demo_models], tmp_path / "out")):
+        executor = Executor({**core_nodes.CORE_NODES, **NODE_CLASS_MAPPINGS})
+        for variant in ("none", "sequential-disk", "group-block-disk", "balanced-whole", "group-leaf-disk", "model"):
+            graph = through(api("quantized"), inputs(variant))
+            graph["11"]["inputs"]["steps"] = 1
+            again = executor.run(graph)
+            assert variant == "none" or "2" in again.cached
+            assert {p.settings.mode for p in RESIDENCY.inside()} <= {VARIANTS[variant].mode}
+            assert len(folders(own_temporary)) == (3 if variant.endswith("disk") else 0), "one a component"
+
+
 def test_what_is_in_place_goes_with_the_graph(
     api: Callable[[str], Any], demo_models: Path, tmp_path: Path, own_temporary: Path
 ) -> None:

@@ -46,6 +46,14 @@ def test_wrong_settings_are_refused(given: str) -> None:
     assert said in str(caught.value).splitlines()[0]
 
 
+def test_all_that_is_wrong_is_named() -> None:
+    with pytest.raises(SpecError) as caught:
+        OffloadSettings(OffloadMode.BALANCED, "row", 0, True, device_gib=-1, low_watermark=0.9)
+    said = str(caught.value)
+    for name in ("group_level must", "blocks_per_group must", "device_gib must", "low_watermark 0.9", "use_stream has"):
+        assert name in said
+
+
 def test_every_mode_of_the_host_can_be_asked_for_and_names_its_row() -> None:
     for mode in HOST_MODES[HostName.STANDALONE]:
         found = OffloadSettings(mode)

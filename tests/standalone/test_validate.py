@@ -405,3 +405,26 @@ def test_a_literal_where_only_a_link_can_be() -> None:
     graph = {"1": {"class_type": "Make", "inputs": {}}, "2": {"class_type": "Use", "inputs": {"model": "foo"}}}
     (problem,) = check(parse_workflow(graph), {"Make": Make, "Use": Use}).problems
     assert str(problem) == "node 2 (Use).model: expected a link to a MODEL output, got 'foo'"
+
+
+def test_an_input_that_the_node_does_not_have_is_a_warning() -> None:
+    """ComfyUI passes over it, so a misspelt optional input keeps its default without a word."""
+
+    def keywords(self: Any, **inputs: Any) -> tuple[()]:
+        return ()
+
+    def named(self: Any, mode: str = "auto", id: str = "") -> tuple[()]:
+        return ()
+
+    groups: dict[str, Any] = {"optional": {"mode": ("STRING", {})}, "hidden": {"id": "UNIQUE_ID"}, "OUTPUT_NODE": True}
+    classes = {"Named": node(**groups, run=named), "Any": node(**groups, run=keywords)}
+    inputs = {"modes": "novram", "id": "1", "_": 1}
+    data = {kind: {"class_type": kind, "inputs": inputs} for kind in classes}
+    checked = check(parse_workflow(data), classes)
+    assert checked.problems == []
+    said = [str(warning) for warning in checked.warnings]
+    assert said == [
+        "node Named (Named).modes: the node has no such input, so what the workflow gives it is not used. "
+        "Did you mean mode?",
+        "node Named (Named)._: the node has no such input, so what the workflow gives it is not used.",
+    ]

@@ -106,6 +106,12 @@ def test_missing_file_in_an_empty_or_missing_folder(tmp_path: Path) -> None:
             load_workflow(path)
 
 
+def test_this_folder_is_not_called_by_its_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match=r"There is no \.json file in this folder\.$"):
+        load_workflow("a.json")
+
+
 def test_a_folder_is_no_workflow(tmp_path: Path) -> None:
     write(tmp_path, "flux.json", GRAPH)
     with pytest.raises(FileError, match=r"is a folder, not a workflow file.*\n.*flux.json"):

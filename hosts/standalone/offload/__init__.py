@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -37,8 +36,7 @@ _copies: weakref.WeakKeyDictionary[nn.Module, dict[tuple[OffloadSettings, torch.
 )
 _placing = threading.Lock()  # around the copies
 _one_run = threading.RLock()
-# Modules and users of copies that are not wanted any more. Objects may die anywhere, so it cannot wait for a lock.
-_left: deque[tuple[weakref.ref[nn.Module], int]] = deque()
+_left = threading.Event()  # a model object that asked for a copy is gone
 
 
 def set_offload(model: Any, settings: OffloadSettings) -> Any:
@@ -94,8 +92,8 @@ def running(model: Any) -> Iterator[Any]:
     if settings is None:
         yield model
         return
-    with _alone():
-        yield from _running(model, settings)
+    with _alone(), _running(model, settings) as placed:
+        yield placed
 
 
 @contextmanager
@@ -108,6 +106,7 @@ def _alone() -> Iterator[None]:
         _one_run.release()
 
 
+@contextmanager
 def _running(model: Any, settings: OffloadSettings) -> Iterator[Any]:
     modules = modules_of(model)
     with _explaining(modules, settings):
@@ -157,38 +156,38 @@ def _with_modules(model: Any, modules: Mapping[str, nn.Module]) -> Any:
 
 def _placed(name: str, module: nn.Module, settings: OffloadSettings) -> Placed:
     device = execution_device()
-    with _placing:
-        copies = _copies.setdefault(module, {})
-        placed = copies.get((settings, device))
-        if placed is None:
-            own = dataclasses.replace(settings)  # what is kept must not hold the one that it goes with
-            placed = copies[own, device] = place(name, module, own, device)
-            placed.release = weakref.finalize(module, placed.close)  # also at exit: its files go
-        if id(settings) not in placed.users:
-            placed.users.add(id(settings))
-            weakref.finalize(settings, _leave, weakref.ref(module), id(settings)).atexit = False
-    _release_unused()
-    return placed
+    try:
+        with _placing:
+            copies = _copies.setdefault(module, {})
+            placed = copies.get((settings, device))
+            if placed is None:
+                own = dataclasses.replace(settings)  # the copy must not hold the object that it goes with
+                placed = copies[own, device] = place(name, module, own, device)
+                placed.release = weakref.finalize(module, placed.close)  # also at exit: its files go
+            if not any(user() is settings for user in placed.users):
+                placed.users.append(weakref.ref(settings, _leave))
+            return placed
+    finally:
+        _release_unused()
 
 
-def _leave(module: weakref.ref[nn.Module], user: int) -> None:
-    _left.append((module, user))
+def _leave(user: weakref.ref[OffloadSettings]) -> None:
+    _left.set()
     _release_unused()
 
 
 def _release_unused() -> None:
-    """Release copies that no model object asks for; who has the lock now does it afterwards."""
-    while _left and _placing.acquire(blocking=False):
+    """Release copies that no model object asks for. Objects may die anywhere, so this waits for no lock: whoever has it
+    does the same afterwards."""
+    while _left.is_set() and _placing.acquire(blocking=False):
         try:
-            module, user = _left.popleft()
-            copies = _copies.get(module(), {})  # type: ignore[call-overload]
-            for key, placed in list(copies.items()):
-                placed.users.discard(user)
-                if not placed.users:
-                    del copies[key]
-                    placed.release()
-        except IndexError:  # another thread was faster
-            pass
+            _left.clear()
+            for copies in list(_copies.values()):
+                for key, placed in list(copies.items()):
+                    placed.users = [user for user in placed.users if user() is not None]
+                    if not placed.users:
+                        del copies[key]
+                        placed.release()
         finally:
             _placing.release()
 

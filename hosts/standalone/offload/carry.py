@@ -53,12 +53,13 @@ def variant_of(module: nn.Module, settings: OffloadSettings, device: torch.devic
     """The variant that a module would run under."""
     if settings.variant is not None:
         return settings.variant
-    if nbytes_of(module) <= _cap(settings, device):
+    if nbytes_of(module) <= share(settings, device):
         return "whole"
     return "split-disk" if settings.keep_on == "disk" else "split"
 
 
-def _cap(settings: OffloadSettings, device: torch.device) -> int:
+def share(settings: OffloadSettings, device: torch.device) -> int:
+    """Bytes that balanced lets one component take on a device; a larger one is split."""
     return settings.high_nbytes(device_nbytes(settings, device, RESIDENCY.held(device)))
 
 
@@ -104,7 +105,8 @@ def _sequential(placed: Placed) -> None:
 
 def _on_disk(placed: Placed, weights: Mapping[str, Tensor]) -> DiskWeights:
     _refuse_wrappers(placed)
-    placed.folder = private_folder(sum({id(t): t.numel() * t.element_size() for t in weights.values()}.values()))
+    nbytes = sum({id(t): t.numel() * t.element_size() for t in weights.values()}.values())
+    placed.folder = placed.files.enter_context(private_folder(nbytes))
     with full_disk_named(placed.folder):
         placed.disk = DiskWeights(placed.folder, weights)
     return placed.disk
@@ -115,7 +117,7 @@ def _split(placed: Placed) -> None:
 
     module, device = placed.module, placed.device
     home = _home(module)
-    placed.nbytes = _cap(placed.settings, device)
+    placed.nbytes = share(placed.settings, device)
     found = infer_auto_device_map(module, {ON_DEVICE: placed.nbytes}, _not_to_split(module))
     places = {name: device if where == ON_DEVICE else "cpu" for name, where in found.items()}
     away = tuple(f"{name}." if name else "" for name, where in found.items() if where == AWAY)
@@ -128,6 +130,7 @@ def _split(placed: Placed) -> None:
         dispatch_model(module, places, main_device=device, state_dict=weights, force_hooks=True)  # type: ignore[arg-type]
     placed.keep_near(home, whole=False)
     placed.is_in = True
+    RESIDENCY.note(placed)  # until it computes, it may have to leave for another one
 
 
 def _home(module: nn.Module) -> dict[str, Tensor]:
@@ -165,7 +168,7 @@ def _group(placed: Placed) -> None:
     settings, module = placed.settings, placed.module
     if settings.keep_on == "disk":
         _refuse_wrappers(placed)
-        placed.folder = private_folder(nbytes_of(module))
+        placed.folder = placed.files.enter_context(private_folder(nbytes_of(module)))
     options: dict[str, Any] = {
         "offload_type": f"{settings.group_level}_level",
         "num_blocks_per_group": settings.blocks_per_group if settings.group_level == "block" else None,

@@ -46,7 +46,27 @@ def device_nbytes(settings: OffloadSettings, device: torch.device, held: int = 0
     Args:
         held: bytes that offloading has on the device now and could free.
     """
-    return int(settings.device_gib * GIB) or device_facts(device).free_nbytes + (0 if device == CPU else held)
+    if settings.device_gib:
+        return int(settings.device_gib * GIB)
+    free = device_facts(device).free_nbytes
+    return free if device == CPU else free + held + cached_nbytes(device)
+
+
+def cached_nbytes(device: torch.device) -> int:
+    """Bytes that PyTorch's allocator keeps for new tensors; the device counts them as taken."""
+    if device.type == "mps":
+        return max(0, torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory())
+    if device.type not in ("cuda", "xpu"):
+        return 0
+    backend = getattr(torch, device.type)
+    return backend.memory_reserved(device) - backend.memory_allocated(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give what the allocator keeps back to the device, where it has an allocator that does."""
+    empty: Any = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty is not None:
+        empty()
 
 
 def nbytes_of(module: nn.Module) -> int:

@@ -1,4 +1,5 @@
-"""Weights on disk: a private folder, written once, removed with the copy of the model that reads it.
+"""Weights on disk: a private folder, written once, removed with the copy of the model that reads it, or when this
+process is gone.
 
 safetensors holds them, not accelerate's memory maps: writing to a map of a full disk ends the process with SIGBUS,
 while safetensors reports it, and tied weights are written once.
@@ -6,10 +7,13 @@ while safetensors reports it, and tied weights are written once.
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +22,74 @@ from torch import Tensor
 from ....quantizers.errors import FileError
 from ....quantizers.files.checkpoint import write_safetensors
 from ....quantizers.files.journal import NO_SPACE
+from ....quantizers.files.locks import locked
 
 MIB = 1 << 20
 WEIGHTS = "weights.safetensors"
 ALIGNMENT = 64
+PREFIX = "quantwire-offload-"
 TODO = "Free some, set TMPDIR to a folder on a larger disk, or choose keep_on memory."
+OTHER = "Set TMPDIR to a folder that can be written, or choose keep_on memory."
 
 
-def private_folder(nbytes: int) -> Path:
-    """A new folder that only this user can read, among the temporary files.
+@contextmanager
+def private_folder(nbytes: int) -> Iterator[Path]:
+    """A new folder that only this user can read, among the temporary files, removed after the block.
+
+    Folders that processes left when they were killed are removed first.
 
     Raises:
         FileError: the disk has not so many bytes free, or takes no folder.
     """
-    parent = Path(tempfile.gettempdir())
-    try:
-        free = shutil.disk_usage(parent).free
-        if nbytes > free:
+    parent = _temporary()
+    with ExitStack() as held:
+        try:
+            _remove_abandoned(parent)
+            free = shutil.disk_usage(parent).free
+            if nbytes > free:
+                raise FileError(
+                    f"{parent}: {nbytes / MIB:.0f} MiB of weights are to be kept on disk, and {free / MIB:.0f} MiB are "
+                    f"free there.\n{TODO}"
+                )
+            folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+            held.enter_context(locked(_lock_of(folder)))  # before the folder is there for others to find
+            folder.mkdir(0o700)
+        except OSError as err:
             raise FileError(
-                f"{parent}: {nbytes / MIB:.0f} MiB of weights are to be kept on disk, and {free / MIB:.0f} MiB are "
-                f"free there.\n{TODO}"
-            )
-        return Path(tempfile.mkdtemp(prefix="quantwire-offload-"))
-    except OSError as err:
-        raise FileError(f"{parent}: no folder can be made for offloaded weights: {err.strerror or err}.") from err
+                f"{parent}: no folder can be made for offloaded weights: {err.strerror or err}.\n{OTHER}"
+            ) from err
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def _temporary() -> Path:
+    named = os.environ.get("TMPDIR")
+    if named and not (os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)):
+        # Python would take another folder without a word, on the disk that was to be avoided.
+        raise FileError(f"TMPDIR is {named}, which is no folder that can be written.\n{OTHER}")
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as err:
+        raise FileError(f"There is no folder for temporary files: {err.strerror or err}.\n{OTHER}") from err
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Folders of this user whose lock nobody holds: the system lets go of it when a process dies."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another process removes it too, or it is in use
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid()):
+                with locked(_lock_of(folder), _in_use) as alone:
+                    if alone:
+                        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_use() -> None:
+    raise BlockingIOError
 
 
 @contextmanager
@@ -78,6 +126,8 @@ class DiskWeights(Mapping[str, Tensor]):
         write_safetensors(path, {name: tensors[name].detach() for name in first.values()})
         # Open as long as the weights are in use: opening it for each tensor would read the header each time.
         self._file: Any = safe_open(str(path), framework="pt", device="cpu")
+        if os.name == "posix":
+            path.unlink()  # what is mapped stays until nothing maps it, however this process ends
 
     def __getitem__(self, name: str) -> Tensor:
         found: Tensor = self._file.get_tensor(self._names[name])

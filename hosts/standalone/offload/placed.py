@@ -7,8 +7,9 @@ that was placed.
 
 from __future__ import annotations
 
-import shutil
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ....quantizers.kernels.kept import KeptWeights
 from ...offload import OffloadSettings
 from .copies import is_plain, is_wrapper, own_tensors
-from .device import CPU, nbytes_of
+from .device import CPU, empty_cache, nbytes_of
 from .disk import DiskWeights
 from .residency import RESIDENCY
 
@@ -33,6 +34,7 @@ class Placed:
         nbytes: of the weights that lie on the device while the component is in.
         is_in: those weights are on the device.
         closed: all its weights are gone.
+        users: the settings on model objects that ask for it; without any left it is released.
     """
 
     def __init__(self, name: str, module: nn.Module, settings: OffloadSettings, device: torch.device) -> None:
@@ -43,7 +45,9 @@ class Placed:
         self.variant = settings.variant or ""
         self.nbytes = 0
         self.closed = False
+        self.users: list[weakref.ref[OffloadSettings]] = []
         self.release: Callable[[], Any] = self.close  # for who holds it: forgets it too
+        self.files = ExitStack()  # removes them
         self.folder: Path | None = None
         self.disk: DiskWeights | None = None
         # The dict that has a tensor, its name there, and its value in main memory.
@@ -91,8 +95,7 @@ class Placed:
         kept = KeptWeights.of(self.module)
         if kept is not None and self.device != CPU:
             kept.clear()  # it was made on the device, where there is to be room now
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def _put(self, device: torch.device) -> None:
         """Tied weights are moved once. Parameters are made anew, since `.data` takes no tensor of another device type
@@ -130,10 +133,12 @@ class Placed:
             vars(module).pop("_old_forward", None)
             module._parameters.clear()
             module._buffers.clear()
+        if self.is_in:
+            self.is_in = False
+            empty_cache(self.device)
         if self.disk is not None:
             self.disk.close()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.files.close()
 
 
 def _distinct(tensors: list[Tensor]) -> list[int]:

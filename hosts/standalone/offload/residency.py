@@ -41,6 +41,11 @@ class Residency:
         with self._lock:
             self.make_room(placed)
             placed.move_in()
+            self.note(placed)
+
+    def note(self, placed: Placed) -> None:
+        """A component is on its device now."""
+        with self._lock:
             self._forget(placed)
             if placed.nbytes:
                 self._inside.append(weakref.ref(placed))

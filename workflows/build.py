@@ -83,7 +83,7 @@ UNET = Node("UNETLoader", {"unet_name": "digits_flux.safetensors", "weight_dtype
 
 def quantize(carrier: str, format_id: str) -> Node:
     inputs = {"model": ("1", 0), "format": format_id, "carrier": carrier, "keep_layers": "", "on_failure": "error"}
-    return Node("QuantizeModel", inputs, "Quantize", 1, -3)
+    return Node("QuantizeModel", inputs, "Quantize", 1, -6)
 
 
 def compat(mode: str) -> Node:

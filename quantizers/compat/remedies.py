@@ -270,6 +270,7 @@ def _flags(c: _Conflict) -> Iterator[Remedy]:
         if c.mode in targets or not all(_runs(c, mode) for mode in targets):
             continue
         start = f"with {flag.flag}" if flag.flag else "without options that change its memory mode"
+        start += " in place of --novram" if flag.flag and c.mode is OffloadMode.NOVRAM else ""
         whole = {OffloadMode.NONE, OffloadMode.PARTIAL} & targets and flag.flag != "--cpu"
         text = (
             f"Start ComfyUI {start}: it {flag.what}{', so the model must fit the GPU' if whole else _price(c, flag)}."

@@ -593,6 +593,7 @@ def test_a_process_that_dies_is_charged_to_its_cell_and_the_rest_goes_on(monkeyp
     assert told == FOUR
 
 
+@pytest.mark.slow
 def test_a_cell_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, {FOUR[0]: "import time; time.sleep(600)"})
     results = runner.run(FOUR[:1], cell_s=5.0)
@@ -600,6 +601,7 @@ def test_a_cell_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     assert "Timeout: no result after 5 s" in results[FOUR[0]].error
 
 
+@pytest.mark.slow
 def test_the_processes_that_a_cell_started_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """quanto's first pass starts a compiler."""
     started = tmp_path / "pid"

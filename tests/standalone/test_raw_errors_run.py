@@ -14,16 +14,16 @@ GRAPH = Path(__file__).resolve().parents[2] / "workflows" / "api" / "conflict.js
 SETTINGS = ("OffloadCompat.action=report", "OffloadCompat.set_mode=true", "OffloadCompat.mode=sequential")
 
 
+@pytest.mark.slow  # a process each, which imports the libraries
 @pytest.mark.parametrize(
     ("library", "format_id", "kind", "raw"),
     [
         ("bitsandbytes", "bnb-nf4", "Params4bit", "NotImplementedError: Cannot copy out of meta tensor; no data!"),
-        pytest.param(
+        (
             "optimum.quanto",
             "quanto-qint8",
             "WeightQBytesTensor",
             "TypeError: WeightQBytesTensor.__new__() missing 6 required positional arguments",
-            marks=pytest.mark.slow,  # quanto brings transformers and diffusers
         ),
     ],
     ids=["nf4", "quanto"],

@@ -121,8 +121,9 @@ def random_file(path: Path, hidden: int) -> None:
     save_file({name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in pieces.items()}, path)
 
 
-def memory_of(mode: str, path: Path) -> dict[str, float]:
-    """MiB that this process holds after sampling in a mode, above what it held before it loaded the model."""
+def memory_of(mode: str, path: Path) -> dict[str, Any]:
+    """MiB that this process holds after sampling in a mode, above what it held before it loaded the model; and the
+    variant of the mode."""
     before = _resident()
     with use(StandaloneHost([MODELS])), torch.inference_mode():
         model: DiffusionModel = QuantizeModel().quantize(load_diffusion_model(path), "quanto-qint8")["result"][0]
@@ -133,7 +134,7 @@ def memory_of(mode: str, path: Path) -> dict[str, float]:
         sampling.sample(model, 7, 2, 1.0, "simple", condition, condition, torch.zeros(1, 16, 8, 8))
         gc.collect()
         held = {name: (value - before[name]) / 1024 for name, value in _resident().items()}
-        return {**held, "weights": size / 2**20, "variant": str(offload_now(model)[1])}  # type: ignore[dict-item]
+        return {**held, "weights": size / 2**20, "variant": str(offload_now(model)[1])}
 
 
 def _resident() -> dict[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import Carrier, HostName, OffloadMode, VerdictLevel
-from ..quantizers.errors import SpecError
+from ..quantizers.errors import SpecError, near
 from .compat_table import detailed, grouped
 from .paths import require_file, require_writable, write_json
 
@@ -62,7 +62,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     _check_options(args, target)
     rows = _rows(args)
     if not rows:
-        raise SpecError("No cell of the table fits the filters.\nLeave some out, or see `quantwire formats` for names.")
+        raise SpecError(_nothing(args))
     outcomes: dict[Cell, Result] = {}
     code = OK
     if args.probe:
@@ -98,6 +98,16 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         and args.host in (None, row.host.value)
         and args.verdict in (None, row.verdict.value)
     ]
+
+
+def _nothing(args: argparse.Namespace) -> str:
+    """Why no cell fits: a format that is not in the table, with near names, or filters that exclude each other."""
+    from ..quantizers.compat.matrix import rows
+
+    names = dict.fromkeys(row.format_id for row in rows())
+    if args.format is not None and not any(fnmatchcase(name, args.format) for name in names):
+        return f"--format: no format of the table fits '{args.format}'.{near(args.format, names)}"
+    return "No cell of the table fits all of these filters together.\nLeave some out."
 
 
 def _probe(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[dict[Cell, Result], int]:

@@ -26,8 +26,8 @@ def _explaining(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except QuantwireError:
             raise
-        except Exception as err:
-            # Here and not above: the module brings torch's part of the pack, which must not slow the host's start.
+        except Exception as err:  # which library raised it is what is asked; what nobody knows goes on as it is
+            # Imported here: the module brings torch's part of the pack, which must not slow the host's start.
             from ..quantizers.compat.translate import raise_translated
 
             raise_translated(err)

@@ -109,6 +109,7 @@ QINT4_TWICE = (
 SDNQ_CAST = (
     "the host casts each weight to the dtype that the layer had before it was quantized, which scrambles packed values"
 )
+SDNQ_ERROR = "NotImplementedError"  # of torch's bit operations on floats; the text names the operator of the format
 SDNQ_WHOLE = (
     "the host casts each weight back to the dtype that the layer had before it was quantized, which saves no memory, "
     "and loads all at once"
@@ -319,7 +320,7 @@ RULES: tuple[Rule, ...] = (
     *_whole(SDNQ),
     *_left(SDNQ),
     _rule(_LIB, SDNQ_WHOLE_BYTES, _DYNAMIC, _WARN, SDNQ_WHOLE),
-    _rule(_LIB, SDNQ, _DYNAMIC, _BLOCK, SDNQ_CAST, raw_error="NotImplementedError", note=CPU_NOTE + PLAIN_NOTE),
+    _rule(_LIB, SDNQ, _DYNAMIC, _BLOCK, SDNQ_CAST, raw_error=SDNQ_ERROR, note=CPU_NOTE + PLAIN_NOTE),
     # torchao
     *_whole(TORCHAO, _WARN, TORCHAO_MOVE, "RuntimeError: Attempted to set the storage of a tensor on device"),
     _rule(_LIB, TORCHAO, _PARTIAL, _BLOCK, TORCHAO_COPY, _SPLIT),

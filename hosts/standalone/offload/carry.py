@@ -100,6 +100,7 @@ def _sequential(placed: Placed) -> None:
         weights = _on_disk(placed, weights)
     else:
         weights = {name: t.detach() for name, t in weights.items()}
+    # accelerate declares a dict and reads a mapping: files are mapped, not read.
     cpu_offload(placed.module, execution_device=placed.device, state_dict=weights)  # type: ignore[arg-type]
 
 
@@ -127,6 +128,7 @@ def _split(placed: Placed) -> None:
     weights = _on_disk(placed, weights) if placed.settings.keep_on == "disk" else weights
     RESIDENCY.make_room(placed)  # accelerate brings in what stays
     with _quiet("accelerate.big_modeling"):
+        # As above: declared a dict, read as a mapping.
         dispatch_model(module, places, main_device=device, state_dict=weights, force_hooks=True)  # type: ignore[arg-type]
     placed.keep_near(home, whole=False)
     placed.is_in = True

@@ -78,6 +78,7 @@ def _own_of_library(t: Tensor) -> Tensor:
     Of torchao's tensors this is also what lets accelerate take those that were made in inference mode.
     """
     if hasattr(t, "__tensor_flatten__"):
+        # The protocol of tensor subclasses (torch.utils._python_dispatch), which torch's own types do not declare.
         names, context = t.__tensor_flatten__()  # type: ignore[operator]
         parts = {n: _alias(p) if is_plain(p) else _own_of_library(p) for n in names for p in (getattr(t, n),)}
         own = type(t).__tensor_unflatten__(parts, context, t.size(), t.stride())  # type: ignore[attr-defined]

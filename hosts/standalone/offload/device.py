@@ -84,5 +84,6 @@ def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """The tensors inside a library's tensor, whose own shape and dtype are those of the weight before quantizing."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
+    # torch's types do not declare the protocol of tensor subclasses (torch.utils._python_dispatch).
     names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
     return [part for name in names for part in _plain_parts(getattr(tensor, name))]

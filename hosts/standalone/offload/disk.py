@@ -28,7 +28,7 @@ MIB = 1 << 20
 WEIGHTS = "weights.safetensors"
 ALIGNMENT = 64
 PREFIX = "quantwire-offload-"
-TODO = "Free some, set TMPDIR to a folder on a larger disk, or choose keep_on memory."
+MAKE_ROOM = "Free some, set TMPDIR to a folder on a larger disk, or choose keep_on memory."
 OTHER = "Set TMPDIR to a folder that can be written, or choose keep_on memory."
 
 
@@ -49,7 +49,7 @@ def private_folder(nbytes: int) -> Iterator[Path]:
             if nbytes > free:
                 raise FileError(
                     f"{parent}: {nbytes / MIB:.0f} MiB of weights are to be kept on disk, and {free / MIB:.0f} MiB are "
-                    f"free there.\n{TODO}"
+                    f"free there.\n{MAKE_ROOM}"
                 )
             folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
             held.enter_context(locked(_lock_of(folder)))  # before the folder is there for others to find
@@ -104,7 +104,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             word in str(err) for word in ("No space left", "os error 28", "os error 122", "File too large")
         ):
             raise
-        raise FileError(f"{folder}: the disk is full, so weights cannot be kept on it.\n{TODO}") from err
+        raise FileError(f"{folder}: the disk is full, so weights cannot be kept on it.\n{MAKE_ROOM}") from err
 
 
 class DiskWeights(Mapping[str, Tensor]):

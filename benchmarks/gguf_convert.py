@@ -89,9 +89,9 @@ def bare(source: Path, target: Path, kind: str, threads: int) -> float:
     """The peer. What becomes of which tensor, and where it lies, is looked up before the clock starts."""
     import torch
     from quantwire.quantizers.backends.gguf.ggml import _open
-    from quantwire.quantizers.backends.gguf.types import TYPES
     from quantwire.quantizers.files.convert_plan import plan_conversion
     from quantwire.quantizers.files.safetensors_header import read_safetensors_header
+    from quantwire.quantizers.ggml_types import TYPES
 
     plan = plan_conversion(request(source, target, kind, threads))
     header = read_safetensors_header(source)

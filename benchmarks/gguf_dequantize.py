@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import gguf
 import torch
 from diffusers.quantizers.gguf.utils import dequantize_functions
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id
+from quantwire.quantizers.ggml_types import TYPES, format_id
 from quantwire.quantizers.kernels.expand import expand
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.report import versions

@@ -37,9 +37,9 @@ from quantwire.hosts.standalone.models import DiffusionModel, load_diffusion_mod
 from quantwire.hosts.standalone.record import transformer_layers
 from quantwire.hosts.standalone.sampling import sigmas
 from quantwire.quantizers.apply import quantize_tensor
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id, type_name
 from quantwire.quantizers.files.checkpoint import read_safetensors
 from quantwire.quantizers.files.imatrix import Imatrix
+from quantwire.quantizers.ggml_types import TYPES, format_id, type_name
 from quantwire.quantizers.plan import sensitive_reason
 from quantwire.quantizers.registry import require
 from quantwire.quantizers.spec import QuantSpec

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from quantwire.quantizers.backends.gguf.ggml import library
 from quantwire.quantizers.backends.gguf.products import Products
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id
+from quantwire.quantizers.ggml_types import TYPES, format_id
 from quantwire.quantizers.kernels.expand import linear
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.report import versions

@@ -40,11 +40,11 @@ from quantwire.cli import main as quantwire
 from quantwire.hosts import use
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.workflow import load_workflow
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id
 from quantwire.quantizers.errors import QuantwireError
 from quantwire.quantizers.files.convert_plan import Request
 from quantwire.quantizers.files.converting import convert, describe
 from quantwire.quantizers.files.recipes import FLOATS, RECIPES
+from quantwire.quantizers.ggml_types import TYPES, format_id
 from quantwire.quantizers.report import MIB, QuantReport
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,8 +34,8 @@ def check_format(format: str | None, auto: bool = False) -> bool | str:
     words, _ = format_input(auto)
     if format is None or format in words:
         return True
-    from ..quantizers.backends.gguf.types import format_id
     from ..quantizers.files.recipes import ALIASES, RECIPES
+    from ..quantizers.ggml_types import format_id
 
     text, name = f"format {format!r} is not among its {len(words)} choices.", str(format).upper()
     recipe = RECIPES.get(ALIASES.get(name, name))

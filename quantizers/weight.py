@@ -19,32 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import WeightError
+from .meta import TensorMeta as TensorMeta
 
 if TYPE_CHECKING:
     from .kernels.kept import KeptWeights
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """What a file header or a module tells of a tensor before it is read.
-
-    Attributes:
-        name: full dotted name, ending in `.weight`.
-        shape: logical shape; (N, K) for a linear weight.
-        dtype: dtype of the stored values.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)  # identity: tensors have no single truth value to compare with

@@ -129,8 +129,8 @@ def gguf_formats(path: Path) -> list[str]:
     """
     from collections import Counter
 
-    from ...quantizers.backends.gguf.types import PLAIN_TYPES, format_id
     from ...quantizers.files.gguf_parts import read_gguf_parts
+    from ...quantizers.ggml_types import PLAIN_TYPES, format_id
 
     kinds = Counter(t.kind for part in read_gguf_parts(path) for t in part.header.tensors)
     return [format_id(kind) for kind, _ in kinds.most_common() if kind not in PLAIN_TYPES]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...quantizers.apply import LayerMaker, check_finite, make_layer
-from ...quantizers.backends.gguf.types import type_name
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError
 from ...quantizers.files.checkpoint import Checkpoint, read_checkpoint
 from ...quantizers.files.gguf_model import dequantized, in_rows, open_gguf_model
+from ...quantizers.ggml_types import type_name
 from ...quantizers.kernels.kept import keep_dequantized
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.report import Entry, QuantReport

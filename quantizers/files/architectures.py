@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import FileError
-from ..weight import TensorMeta
+from ..meta import Shaped, TensorMeta
 from .layouts.diffusers import diffusers_to_comfyui
 from .layouts.target import Piece, Target, target
 from .signatures import ADAPTERS, IMAGE, OTHERS, SIGNATURES, TEXT, Signature
@@ -23,6 +23,7 @@ from .signatures import ADAPTERS, IMAGE, OTHERS, SIGNATURES, TEXT, Signature
 if TYPE_CHECKING:
     from .layouts.llama_cpp import Heads
 
+S = TypeVar("S", bound=Shaped)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "unet.", "model.", "")
 # Parts of a checkpoint beside the diffusion model, where that has no prefix.
 OTHER_PARTS = re.compile(r"^(first_stage_model|cond_stage_model|conditioner|text_encoders?|vae|model_ema)\.")
@@ -56,7 +57,7 @@ class Found:
     family: str = ""
 
 
-def detect(metas: Mapping[str, TensorMeta]) -> Found:
+def detect(metas: Mapping[str, Shaped]) -> Found:
     """Recognise a model.
 
     Args:
@@ -70,7 +71,7 @@ def detect(metas: Mapping[str, TensorMeta]) -> Found:
     return found
 
 
-def recognise(metas: Mapping[str, TensorMeta]) -> Found | None:
+def recognise(metas: Mapping[str, Shaped]) -> Found | None:
     """`detect`, but None for what is nothing that is known.
 
     Raises:
@@ -139,7 +140,7 @@ def _canonical(name: str) -> str:
     return _QK_NORM.sub(r".norm.\1.scale", name)
 
 
-def _below(metas: Mapping[str, TensorMeta], prefix: str) -> dict[str, TensorMeta]:
+def _below(metas: Mapping[str, S], prefix: str) -> dict[str, S]:
     """The tensors with a prefix, by the rest of their names; with none, all but other parts of a checkpoint."""
     if prefix:
         return {name[len(prefix) :]: meta for name, meta in metas.items() if name.startswith(prefix)}
@@ -150,7 +151,7 @@ def _text_prefix(metas: Iterable[str]) -> str:
     return next((m["before"] for m in map(_TEXT_START.match, metas) if m), "")
 
 
-def _text_names(metas: Mapping[str, TensorMeta]) -> dict[str, TensorMeta]:
+def _text_names(metas: Mapping[str, Shaped]) -> dict[str, Shaped]:
     """The tensors of a text encoder by the names that signatures have: from `layers.` or `encoder.` on."""
     before = _text_prefix(metas)
     inner = re.compile(
@@ -159,7 +160,7 @@ def _text_names(metas: Mapping[str, TensorMeta]) -> dict[str, TensorMeta]:
     return {inner.sub("", name).removeprefix(before): meta for name, meta in metas.items()}
 
 
-def _missing(signature: Signature, names: Mapping[str, TensorMeta]) -> list[str]:
+def _missing(signature: Signature, names: Mapping[str, Shaped]) -> list[str]:
     """What speaks against a model, in words."""
     missing: list[str] = []
     for name, dimensions in signature.names:
@@ -197,7 +198,7 @@ def _refuse(kinds: Iterable[tuple[str, str, tuple[str, ...]]], metas: Iterable[s
             raise FileError(f"{first.rstrip()}\n{todo}")
 
 
-def _seen(metas: Mapping[str, TensorMeta]) -> str:
+def _seen(metas: Mapping[str, Shaped]) -> str:
     names = list(metas)
     first, last = min(names), max(names)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -206,7 +207,7 @@ def _seen(metas: Mapping[str, TensorMeta]) -> str:
     return f"{len(names)} tensors" + (f", all below '{common}'" if common else "") + f", such as {shown}."
 
 
-def _nearest(metas: Mapping[str, TensorMeta]) -> str:
+def _nearest(metas: Mapping[str, Shaped]) -> str:
     """The model of which most names are there, and what speaks against it."""
     best, shown = float("-inf"), "None of the names is one by which a model is recognised."
     text = _text_names(metas)

@@ -17,17 +17,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..backends.gguf.types import TYPES, format_id
 from ..errors import FileError
+from ..ggml_types import TYPES, format_id
 from ..registry import require_reader
 from ..weight import QuantizedWeight
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_NUMEL, GgufHeader, GgufTensor
 from .gguf_parts import read_gguf_parts
 from .gguf_source import shown
+from .locate import is_pickle, pickled
 from .safetensors_header import read_safetensors_header
 
-ZIP_MAGIC = b"PK"
-PICKLE_MAGIC = b"\x80"  # then the protocol number, 2 to 5
 PLAIN_GGUF = {
     **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
@@ -60,13 +59,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     head = _head(path)
     if head[:4] == MAGIC:
         return read_gguf(path)
-    # The length of a safetensors header may begin with the byte 0x80 too, but then zeros follow.
-    pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
-    if head[:2] == ZIP_MAGIC or pickled:
-        raise FileError(
-            f"{path.name}: a file of torch.save is not loaded, because reading one may run code.\n"
-            "Convert it to safetensors first."
-        )
+    if is_pickle(head):
+        raise pickled(path.name)
     return read_safetensors(path)
 
 

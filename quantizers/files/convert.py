@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..apply import WORST_NOISE, Progress, check_finite
 from ..backends.gguf.ggml import Ggml, library
-from ..backends.gguf.types import TYPES, format_id
 from ..errors import SpecError, WeightError
+from ..ggml_types import TYPES, format_id
 from ..registry import get_quantizer
 from ..report import Entry, QuantReport, versions
 from ..spec import QuantSpec

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..apply import FLOAT_DTYPES
-from ..backends.gguf.types import TYPES, format_id
 from ..errors import FileError, SpecError, WeightError, near
+from ..ggml_types import TYPES, format_id
 from ..registry import format_ids, get_entry, require
 from ..report import MIB
 from ..rules import Rule

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FileError
+from ..ggml_types import MAGIC as MAGIC
 from .gguf_source import (
     MAX_ITEMS,
     MAX_TEXT_NBYTES,
@@ -35,7 +36,6 @@ from .gguf_source import (
     skip_strings,
 )
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 30  # files have 32; the data of one with more than this would lie beyond its end
@@ -142,7 +142,7 @@ def read_part_header(path: Path, types: Types | None = None) -> GgufHeader:
 
 def known_types() -> dict[int, tuple[str, int, int]]:
     """The types of tensors that the pack can read, in the form of `read_gguf_header`."""
-    from ..backends.gguf.types import BY_NUMBER
+    from ..ggml_types import BY_NUMBER
 
     return {number: (t.name, t.block, t.nbytes) for number, t in BY_NUMBER.items()}
 

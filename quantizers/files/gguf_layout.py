@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends.gguf.types import PLAIN_TYPES, TYPES
+from ..ggml_types import PLAIN_TYPES, TYPES
 from .gguf_header import ARRAY, DEFAULT_ALIGNMENT, MAGIC, STRING
 from .recipes import nbytes
 

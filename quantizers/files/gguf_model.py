@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends.gguf.types import TYPES, type_name
 from ..errors import FileError
+from ..ggml_types import TYPES, type_name
 from ..registry import require_reader
 from ..weight import QuantizedWeight, TensorMeta
 from .architectures import Found, comfyui_targets, detect

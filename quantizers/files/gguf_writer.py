@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..apply import Progress
-from ..backends.gguf.types import type_name
 from ..errors import SpecError
+from ..ggml_types import type_name
 from ..registry import format_ids, get_entry, require
 from ..report import QuantReport
 from ..spec import QuantSpec

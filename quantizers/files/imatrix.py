@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from ..backends.gguf.types import BY_NUMBER
 from ..errors import FileError
+from ..ggml_types import BY_NUMBER
 from .checkpoint import replace_file
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC, GgufHeader, GgufTensor, read_array, read_gguf_header
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..backends.gguf.types import PLAIN_TYPES, TYPES, format_id, type_name
 from ..errors import SpecError, near
 from ..families import find_family
+from ..ggml_types import PLAIN_TYPES, TYPES, format_id, type_name
 from ..plan import built_in
 from ..rules import KEEP, Hit, Rule, layer_name, resolve
 from ..weight import TensorMeta

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import mmap
-import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,29 +20,21 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..backends.gguf.types import TYPES, format_id
-from ..errors import FileError, WeightError, near
+from ..errors import FileError, WeightError
+from ..ggml_types import TYPES, format_id
 from ..registry import get_quantizer
 from ..weight import QuantizedWeight, TensorMeta
-from .checkpoint import PICKLE_MAGIC, PLAIN_GGUF, ZIP_MAGIC
+from .checkpoint import PLAIN_GGUF
 from .file_state import check_unchanged, file_state
-from .gguf_header import MAGIC, GgufHeader, GgufTensor, read_gguf_header
+from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .gguf_kind import kind_of, refuse_for_conversion
 from .gguf_layout import ORIG_SHAPE
 from .layouts.target import Piece, Target, apply
+from .locate import Container, locate, refuse_missing
 from .stream import TensorFile
 
-GGUF_SUFFIX = ".gguf"
-INDEX_SUFFIX = ".safetensors.index.json"
-INDEX_NAME = re.compile(r"\.index(\.\w+)?\.json$")  # one of pickles, or of a variant such as fp16, too
-PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
-ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)  # pathlib makes one slash of two
-HEAD_NBYTES = 64
 # 8-bit values without scales, and what safetensors calls them; bfloat16 holds each of them exactly.
 FLOAT8 = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Where diffusers and transformers put the weights of one component.
-_NAMES = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True)
@@ -110,133 +101,13 @@ def open_source(path: Path) -> Source:
     Raises:
         FileError: missing, of another kind, damaged, already quantized, or one of several parts.
     """
-    if ADDRESS.match(str(path)) and not path.exists():
-        raise FileError(f"'{path}' is an address, and a conversion reads files.\nDownload the file first.")
-    if path.is_dir():
-        return _in_folder(path)
-    if INDEX_NAME.search(path.name):
-        return _joined(path, path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEAD_NBYTES)
-    except OSError as err:
-        raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}") from err
-    if head[:4] == MAGIC:
-        source = GgufSource(path)
-        refuse_for_conversion(path, kind_of(source.strings, source.metas))
-        return source
-    pickled = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:])
-    if head[:2] == ZIP_MAGIC or pickled:
-        raise _pickled(path.name)
-    _refuse_others(path, head)
-    _refuse_part(path)
-    return SafetensorsSource(path, [path])
-
-
-def _refuse_others(path: Path, head: bytes) -> None:
-    """What does not begin as a safetensors file, where its beginning or its name says what it is."""
-    if not head:
-        raise FileError(f"{path.name}: is empty.\nGet the file again.")
-    if path.suffix.lower() == GGUF_SUFFIX and head[8:9] != b"{":
-        raise FileError(
-            f"{path.name}: not a GGUF file (it begins with {head[:4]!r}).\n"
-            "It is damaged, or something else; get it again."
-        )
-    if not any(byte < 9 or 13 < byte < 32 for byte in head):
-        raise FileError(
-            f"{path.name}: a text file, no model (it begins with {head[:16]!r}).\n"
-            "Give a safetensors or GGUF file; a download that failed may have left an error page."
-        )
-
-
-def _pickled(name: str) -> FileError:
-    return FileError(
-        f"{name}: a file of torch.save is not read, because reading one may run code.\nConvert it to safetensors first."
-    )
-
-
-def _refuse_part(path: Path) -> None:
-    part = PART_NAME.fullmatch(path.name)
-    if part is None or int(part["count"]) < 2:
-        return
-    index = next((p for p in _indexes(path.parent) if p.name.startswith(f"{part['stem']}.")), None)
-    todo = (
-        f"Give their index '{index}', or the folder."
-        if index is not None
-        else f"Give the index of them, '{part['stem']}{INDEX_SUFFIX}', which is not beside it: download it too."
-    )
-    raise FileError(f"{path.name}: one of {int(part['count'])} parts of a model.\n{todo}")
-
-
-def _indexes(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.json") if INDEX_NAME.search(p.name))
-
-
-def _similar(path: Path) -> str:
-    try:
-        return near(path.name, [p.name for p in path.parent.iterdir()])
-    except OSError:
-        return ""
-
-
-def _in_folder(folder: Path) -> SafetensorsSource:
-    """The weights of one component; a whole pipeline is refused with the names of its components."""
-    for stem in _NAMES:
-        if (folder / f"{stem}{INDEX_SUFFIX}").is_file():
-            return _joined(folder, folder / f"{stem}{INDEX_SUFFIX}")
-        if (folder / f"{stem}.safetensors").is_file():
-            return SafetensorsSource(folder, [folder / f"{stem}.safetensors"])
-    raise FileError(f"{folder}: no weights of one model in this folder.\n{_instead(folder)}")
-
-
-def _instead(folder: Path) -> str:
-    """What to give in place of a folder without weights that it is known by."""
-    indexes = _indexes(folder)
-    if indexes:
-        return f"Give one of its indexes: {', '.join(map(str, indexes))}."
-    parts = sorted(p.name for p in folder.glob("*.safetensors") if PART_NAME.fullmatch(p.name))
-    if parts:
-        stem = PART_NAME.fullmatch(parts[0])
-        name = f"{stem['stem'] if stem else _NAMES[0]}{INDEX_SUFFIX}"
-        return f"It holds {len(parts)} parts such as '{parts[0]}', but not their index.\nDownload '{name}' too."
-    inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
-    if inside:
-        return f"Give one of its components: {', '.join(str(folder / name) for name in inside)}."
-    pickle = next((p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
-    if pickle is not None:
-        return str(_pickled(pickle))
-    return f"Expected {' or '.join(f'{stem}.safetensors' for stem in _NAMES)} there, or an index of them."
-
-
-def _joined(path: Path, index: Path) -> SafetensorsSource:
-    """All the files of an index, which must hold the tensors that it names.
-
-    Args:
-        path: what the user gave.
-    """
-    try:
-        data: Any = json.loads(index.read_text(encoding="utf-8"))
-        where = {str(tensor): str(file) for tensor, file in data["weight_map"].items()}
-    except OSError as err:
-        raise FileError(f"{index}: cannot be read: {err.strerror}.") from err
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise FileError(f"{index.name}: not an index of safetensors files (no 'weight_map').") from err
-    names = sorted(set(where.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise FileError(f"{index.name}: names the file {name!r}, which is not beside it.")
-        if Path(name).suffix in PICKLES:
-            raise _pickled(name)
-        if not (index.parent / name).is_file():
-            raise FileError(f"{index.name}: the file '{name}' is missing.\nDownload it again.")
-    source = SafetensorsSource(path, [index.parent / name for name in names])
-    missing = [tensor for tensor in where if tensor not in source.metas]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise FileError(
-            f"{index.name}: '{missing[0]}'{more} is to be in '{where[missing[0]]}', which does not hold it.\n"
-            "Download that file and the index again, both from one place."
-        )
+    located = locate(path)
+    if located.container is Container.GGUF:
+        gguf = GgufSource(path)
+        refuse_for_conversion(path, kind_of(gguf.strings, gguf.metas))
+        return gguf
+    source = SafetensorsSource(path, located.files)
+    refuse_missing(located, source.metas)
     return source
 
 

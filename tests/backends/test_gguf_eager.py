@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from quantwire.quantizers.backends.gguf import eager
-from quantwire.quantizers.backends.gguf.types import TYPES
 from quantwire.quantizers.errors import FileError, SpecError
+from quantwire.quantizers.ggml_types import TYPES
 from quantwire.quantizers.kernels.expand import expand, linear
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

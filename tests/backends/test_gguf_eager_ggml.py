@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from quantwire.quantizers.backends.gguf import eager
-from quantwire.quantizers.backends.gguf.types import TYPES
+from quantwire.quantizers.ggml_types import TYPES
 from torch import Tensor
 
 pytest.importorskip("libggml")

@@ -17,9 +17,9 @@ from quantwire.quantizers.apply import quantize_tensor
 from quantwire.quantizers.backends.gguf import choose, eager
 from quantwire.quantizers.backends.gguf.ggml import LARGEST, address, in_threads, library
 from quantwire.quantizers.backends.gguf.products import Products
-from quantwire.quantizers.backends.gguf.types import BY_NUMBER, PLAIN_TYPES, TYPES, format_id, type_name
 from quantwire.quantizers.errors import SpecError, WeightError
 from quantwire.quantizers.formats import BACKENDS
+from quantwire.quantizers.ggml_types import BY_NUMBER, PLAIN_TYPES, TYPES, format_id, type_name
 from quantwire.quantizers.registry import get_entry, get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
@@ -84,7 +84,7 @@ def test_the_library_is_what_computes_here() -> None:
 EXTREMES = """
 import torch
 from quantwire.quantizers.backends.gguf.ggml import LARGEST, LARGEST_OF, library
-from quantwire.quantizers.backends.gguf.types import TYPES
+from quantwire.quantizers.ggml_types import TYPES
 
 g = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
 one = torch.nn.functional.one_hot(torch.arange(3), 512).float()
@@ -213,7 +213,7 @@ def test_without_the_library_formats_are_read_and_say_what_is_missing(tmp_path: 
 import sys, torch
 sys.modules["libggml"] = None  # as if it were not installed
 from quantwire.quantizers.backends.gguf import choose
-from quantwire.quantizers.backends.gguf.types import TYPES
+from quantwire.quantizers.ggml_types import TYPES
 from quantwire.quantizers.registry import availability, get_quantizer, require_reader
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight
@@ -265,7 +265,7 @@ import copy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from quantwire.quantizers.backends.gguf.ggml import library
-from quantwire.quantizers.backends.gguf.types import TYPES
+from quantwire.quantizers.ggml_types import TYPES
 from quantwire.quantizers.errors import WeightError
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.spec import QuantSpec

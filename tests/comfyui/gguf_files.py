@@ -71,7 +71,7 @@ def write_file(
 
 def _bytes(t: torch.Tensor, kind: gguf.GGMLQuantizationType) -> Any:
     from quantwire.quantizers.backends.gguf.ggml import library
-    from quantwire.quantizers.backends.gguf.types import TYPES
+    from quantwire.quantizers.ggml_types import TYPES
 
     values = t.float().contiguous()
     if kind.name not in TYPES:

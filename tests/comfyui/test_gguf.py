@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf_files import in_blocks, rearranged, write_file, write_sparse
 from graphs import MODES, calls, node, sampled, unet
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id
+from quantwire.quantizers.ggml_types import TYPES, format_id
 from safetensors.torch import load_file, save_file
 
 SAME = 1e-5  # as in test_matrix.py

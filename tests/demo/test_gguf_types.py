@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantwire.quantizers.backends.gguf.types import TYPES, format_id
 from quantwire.quantizers.files.recipes import FLOATS, RECIPES
+from quantwire.quantizers.ggml_types import TYPES, format_id
 from quantwire.quantizers.report import Entry, QuantReport
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -192,7 +192,7 @@ def test_no_damage_to_a_safetensors_header_escapes(tmp_path: Path) -> None:
 def test_torch_save_is_refused_whatever_its_name(tmp_path: Path, zipped: bool, name: str) -> None:
     path = tmp_path / name
     torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=zipped)
-    assert fault(path) == f"{name}: a file of torch.save is not loaded, because reading one may run code."
+    assert fault(path) == f"{name}: a file of torch.save is not read, because reading one may run code."
 
 
 @pytest.mark.parametrize(

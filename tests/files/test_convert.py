@@ -20,13 +20,13 @@ import torch
 from quantwire.cli import main
 from quantwire.commands import convert as command_module
 from quantwire.quantizers.backends.gguf import ggml
-from quantwire.quantizers.backends.gguf.types import TYPES
 from quantwire.quantizers.errors import FileError, QuantwireError, SpecError, WeightError
 from quantwire.quantizers.files import convert, journal, native
 from quantwire.quantizers.files.checkpoint import read_gguf, read_safetensors
 from quantwire.quantizers.files.convert_plan import Request, dry_run, plan_conversion
 from quantwire.quantizers.files.converting import convert as convert_file
 from quantwire.quantizers.files.imatrix import Imatrix, Sums, write_imatrix
+from quantwire.quantizers.ggml_types import TYPES
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.rules import Rule
 from quantwire.quantizers.weight import QuantizedWeight
@@ -773,7 +773,7 @@ def test_what_is_no_model_file(tmp_path: Path, source: Path) -> None:
         ("empty.gguf", "a.gguf"): "empty.gguf: is empty",
         ("damaged.gguf", "a.gguf"): "damaged.gguf: not a GGUF file (it begins with b'XXUF')",
         ("matrix.gguf", "a.gguf"): "holds an importance matrix, and a conversion reads a model.\nIt goes to",
-        ("https://host/a.safetensors", "a.gguf"): "is an address, and a conversion reads files.\nDownload",
+        ("https://host/a.safetensors", "a.gguf"): "is an address, and only files are read here.\nDownload",
         ("pickle.pt", "a.gguf"): "a file of torch.save is not read",
         ("flux.safetensor", "a.gguf"): "Did you mean flux.safetensors",
         ("flux.safetensors", "a.bin"): "the target is a .gguf or .safetensors file, got '.bin'",

@@ -7,7 +7,6 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from quantwire.quantizers.backends.gguf.types import TYPES
 from quantwire.quantizers.errors import SpecError
 from quantwire.quantizers.files.architectures import Found
 from quantwire.quantizers.files.layouts.target import Piece, Target
@@ -22,6 +21,7 @@ from quantwire.quantizers.files.recipes import (
     nbytes,
     role_of,
 )
+from quantwire.quantizers.ggml_types import TYPES
 from quantwire.quantizers.rules import Rule
 
 IMAGE = Found("flux", "diffusion model", "comfyui", "", ())

@@ -24,10 +24,10 @@ from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.record import encoder_layers
 from quantwire.quantizers.apply import quantize_linears, quantize_tensor
-from quantwire.quantizers.backends.gguf.types import format_id
 from quantwire.quantizers.errors import WorkflowError
 from quantwire.quantizers.files.checkpoint import read_checkpoint
 from quantwire.quantizers.files.imatrix import Imatrix, Sums, read_imatrix, write_imatrix
+from quantwire.quantizers.ggml_types import format_id
 from quantwire.quantizers.registry import require
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from ...base import Availability, Kernel, Quantizer
 from ...errors import SpecError
+from ...ggml_types import TYPES, type_name
 from ...kernels.choose import expanding
 from ...kernels.expand import Expansion, dequantized, expand
 from ...kernels.scratch import watched
@@ -29,7 +30,6 @@ from ...weight import QuantizedWeight, TensorMeta
 from ..probing import probe_package, probe_version
 from .choose import few_tokens, library_or_reason
 from .ggml import check_range, is_plain
-from .types import TYPES, type_name
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...errors import SpecError
+from ...ggml_types import GgmlType
 from ...kernels.kernel import Kernel
 from ...kernels.scratch import watched
 from ...weight import QuantizedWeight
 from .ggml import Ggml, library
 from .products import Products
-from .types import GgmlType
 
 # Tokens up to which ggml's product is faster than expanding the weight: fewer where expanding is fast.
 FEW_TOKENS = {"Q4_0": 8, "Q4_1": 8, "Q8_0": 12, "Q4_K": 12, "Q5_K": 12, "NVFP4": 16}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, SpecError, near
+from ...ggml_types import TYPES
 from ...kernels.expand import Expansion, dequantized
 from . import eager_blocks, eager_iq
 from .eager_parts import Parts, values, write
-from .types import TYPES
 
 # Values expanded at once on a device that is no CPU: large enough that starting kernels does not count.
 PART_NUMEL = 32 * 1024 * 1024

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ...errors import SpecError, WeightError
+from ...ggml_types import TYPES, GgmlType
 from ...kernels.expand import BLOCK_NUMEL
-from .types import TYPES, GgmlType
 
 PACKAGE = "libggml-python"
 MINIMUM = (0, 20)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ...errors import SpecError, WeightError
+from ...ggml_types import PLAIN_TYPES, GgmlType
 from .ggml import FLOAT_NBYTES, Ggml, address, in_threads
-from .types import PLAIN_TYPES, GgmlType
 
 NODES = 16  # of a graph that holds one product
 SLACK_NBYTES = 1 << 16  # tensors, graph and padding of one product (measured: 12 KiB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import FileError
-from ...weight import TensorMeta
+from ...meta import TensorMeta
 from .flux import CHROMA, FLUX, FLUX2, HUNYUAN_VIDEO
 from .lumina import LUMINA2, Z_IMAGE
 from .mmdit import AURA, PIXART, SD3

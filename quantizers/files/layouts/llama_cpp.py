@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
 from ...errors import FileError
-from ...weight import TensorMeta
+from ...meta import TensorMeta
 from .target import Piece, Target, target
 
 HEAD_DIM = 128  # what is assumed where nothing tells

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import FileError
-from ...weight import TensorMeta
+from ...meta import TensorMeta
 from .target import Piece, Target, target
 
 _MARKS = {"#": r"(?P<number>\d+)", "*": r"(?P<leaf>weight|bias)", "@": r"(?P<rest>.+)"}

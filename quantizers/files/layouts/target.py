@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import overload
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, overload
 
 from ...errors import FileError, WeightError
-from ...weight import QuantizedWeight, TensorMeta
+from ...meta import TensorMeta
 
-Value = Tensor | QuantizedWeight
+if TYPE_CHECKING:  # a header can be looked at without torch
+    import torch
+    from torch import Tensor
+
+    from ...weight import QuantizedWeight
+
+    Value = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def target(name: str, pieces: tuple[Piece, ...], metas: Mapping[str, TensorMeta]
     Raises:
         FileError: a source is missing, has too few rows, or does not fit the others.
     """
+    import torch
+
     shapes: list[tuple[int, ...]] = []
     dtype = None
     for piece in pieces:
@@ -126,6 +131,8 @@ def apply(piece: Piece, value: Value) -> Value:
         FileError: the rows are not there.
         WeightError: a quantized weight whose rows cannot be moved.
     """
+    from torch import Tensor
+
     if piece.whole:
         return value
     if isinstance(value, Tensor):
@@ -148,6 +155,9 @@ def assemble(target: Target, read: Callable[[str], Value]) -> Value:
         FileError: a source is not as the target expects it.
         WeightError: quantized sources of several formats, or whose rows cannot be moved.
     """
+    import torch
+    from torch import Tensor
+
     parts = [apply(piece, read(piece.source)) for piece in target.pieces]
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
@@ -164,6 +174,10 @@ def assemble(target: Target, read: Callable[[str], Value]) -> Value:
 
 def _joined(target: Target, parts: list[Value]) -> QuantizedWeight:
     """Quantized parts below one another: their rows are bytes of one format."""
+    import torch
+
+    from ...weight import QuantizedWeight
+
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
     first = quantized[0]
     if len(parts) == 1:
@@ -191,6 +205,8 @@ def _row_bytes(source: str, weight: QuantizedWeight) -> Tensor:
 
 
 def _moved(piece: Piece, tensor: Tensor) -> Tensor:
+    import torch
+
     part = tensor[piece.start : piece.stop]
     rows = part.shape[0]
     if piece.swap:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAGIC = b"GGUF"  # how a GGUF file begins
+
 
 @dataclass(frozen=True)
 class GgmlType:

@@ -1,0 +1,209 @@
+"""Which files make the model that a path names: a single file, the parts of an index, or the weights of a folder.
+
+Nothing but the first bytes of a file and the JSON of an index is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, near
+from ..ggml_types import MAGIC
+
+ZIP_MAGIC = b"PK"
+PICKLE_MAGIC = b"\x80"  # then the protocol number, 2 to 5
+GGUF_SUFFIX = ".gguf"
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_NAME = re.compile(r"\.index(\.\w+)?\.json$")  # one of pickles, or of a variant such as fp16, too
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
+ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)  # pathlib makes one slash of two
+HEAD_NBYTES = 64
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Where diffusers and transformers put the weights of one component.
+_NAMES = ("diffusion_pytorch_model", "model")
+
+
+class Container(str, Enum):
+    """How a model is stored."""
+
+    SAFETENSORS = "safetensors"
+    SHARDED = "sharded safetensors"
+    GGUF = "GGUF"
+
+
+@dataclass(frozen=True)
+class Located:
+    """The files of a model.
+
+    Attributes:
+        path: what was asked for.
+        container: what the files are.
+        files: in the order of their names; of GGUF the one that was asked for, whichever part it is.
+        folder: of a diffusers or transformers component, whose JSON files belong to the model; else None.
+        index: the `*.index.json`, or None.
+        where: tensor -> file name, as the index says; empty without one.
+    """
+
+    path: Path
+    container: Container
+    files: tuple[Path, ...]
+    folder: Path | None = None
+    index: Path | None = None
+    where: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+
+
+def locate(path: Path) -> Located:
+    """Find the files of a model by content: safetensors, a `*.safetensors.index.json`, a component's folder, or GGUF.
+
+    Raises:
+        FileError: missing, of another kind, one of several parts, or an index that is wrong.
+    """
+    if ADDRESS.match(str(path)) and not path.exists():
+        raise FileError(f"'{path}' is an address, and only files are read here.\nDownload the file first.")
+    if path.is_dir():
+        return _in_folder(path)
+    if INDEX_NAME.search(path.name):
+        return _indexed(path, path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_NBYTES)
+    except OSError as err:
+        raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}") from err
+    if head[:4] == MAGIC:
+        return Located(path, Container.GGUF, (path,))
+    if is_pickle(head):
+        raise pickled(path.name)
+    _refuse_others(path, head)
+    _refuse_part(path)
+    return Located(path, Container.SAFETENSORS, (path,))
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins so was made by `torch.save`.
+
+    Args:
+        head: at least 8 bytes. The length of a safetensors header may begin with 0x80 too, but then zeros follow.
+    """
+    old = head[:1] == PICKLE_MAGIC and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[4:8])
+    return head[:2] == ZIP_MAGIC or old
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """What does not begin as a safetensors file, where its beginning or its name says what it is."""
+    if not head:
+        raise FileError(f"{path.name}: is empty.\nGet the file again.")
+    if path.suffix.lower() == GGUF_SUFFIX and head[8:9] != b"{":
+        raise FileError(
+            f"{path.name}: not a GGUF file (it begins with {head[:4]!r}).\n"
+            "It is damaged, or something else; get it again."
+        )
+    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+        raise FileError(
+            f"{path.name}: a text file, no model (it begins with {head[:16]!r}).\n"
+            "Give a safetensors or GGUF file; a download that failed may have left an error page."
+        )
+
+
+def pickled(name: str) -> FileError:
+    return FileError(
+        f"{name}: a file of torch.save is not read, because reading one may run code.\nConvert it to safetensors first."
+    )
+
+
+def _refuse_part(path: Path) -> None:
+    part = PART_NAME.fullmatch(path.name)
+    if part is None or int(part["count"]) < 2:
+        return
+    index = next((p for p in _indexes(path.parent) if p.name.startswith(f"{part['stem']}.")), None)
+    todo = (
+        f"Give their index '{index}', or the folder."
+        if index is not None
+        else f"Give the index of them, '{part['stem']}{INDEX_SUFFIX}', which is not beside it: download it too."
+    )
+    raise FileError(f"{path.name}: one of {int(part['count'])} parts of a model.\n{todo}")
+
+
+def _indexes(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.json") if INDEX_NAME.search(p.name))
+
+
+def _similar(path: Path) -> str:
+    try:
+        return near(path.name, [p.name for p in path.parent.iterdir()])
+    except OSError:
+        return ""
+
+
+def _in_folder(folder: Path) -> Located:
+    """The weights of one component; a whole pipeline is refused with the names of its components."""
+    for stem in _NAMES:
+        if (folder / f"{stem}{INDEX_SUFFIX}").is_file():
+            return _indexed(folder, folder / f"{stem}{INDEX_SUFFIX}", folder)
+        if (folder / f"{stem}.safetensors").is_file():
+            return Located(folder, Container.SAFETENSORS, (folder / f"{stem}.safetensors",), folder)
+    raise FileError(f"{folder}: no weights of one model in this folder.\n{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder without weights that it is known by."""
+    indexes = _indexes(folder)
+    if indexes:
+        return f"Give one of its indexes: {', '.join(map(str, indexes))}."
+    parts = sorted(p.name for p in folder.glob("*.safetensors") if PART_NAME.fullmatch(p.name))
+    if parts:
+        stem = PART_NAME.fullmatch(parts[0])
+        name = f"{stem['stem'] if stem else _NAMES[0]}{INDEX_SUFFIX}"
+        return f"It holds {len(parts)} parts such as '{parts[0]}', but not their index.\nDownload '{name}' too."
+    inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
+    if inside:
+        return f"Give one of its components: {', '.join(str(folder / name) for name in inside)}."
+    pickle = next((p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
+    if pickle is not None:
+        return str(pickled(pickle))
+    return f"Expected {' or '.join(f'{stem}.safetensors' for stem in _NAMES)} there, or an index of them."
+
+
+def _indexed(path: Path, index: Path, folder: Path | None = None) -> Located:
+    """All the files of an index.
+
+    Args:
+        path: what the user gave.
+    """
+    try:
+        data: Any = json.loads(index.read_text(encoding="utf-8"))
+        where = {str(tensor): str(file) for tensor, file in data["weight_map"].items()}
+    except OSError as err:
+        raise FileError(f"{index}: cannot be read: {err.strerror}.") from err
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise FileError(f"{index.name}: not an index of safetensors files (no 'weight_map').") from err
+    names = sorted(set(where.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise FileError(f"{index.name}: names the file {name!r}, which is not beside it.")
+        if Path(name).suffix in PICKLES:
+            raise pickled(name)
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index.name}: the file '{name}' is missing.\nDownload it again.")
+    files = tuple(index.parent / name for name in names)
+    return Located(path, Container.SHARDED, files, folder or index.parent, index, where)
+
+
+def refuse_missing(located: Located, found: Mapping[str, Any]) -> None:
+    """Refuse parts that do not hold the tensors that their index names.
+
+    Args:
+        found: the tensors of all parts by their names.
+    """
+    missing = [tensor for tensor in located.where if tensor not in found]
+    if missing and located.index is not None:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise FileError(
+            f"{located.index.name}: '{missing[0]}'{more} is to be in '{located.where[missing[0]]}', which does not "
+            "hold it.\nDownload that file and the index again, both from one place."
+        )

@@ -1,4 +1,4 @@
-"""Command line: `quantwire run`, `convert`, `imatrix`, `lint`, `compat`, `formats`, `help`.
+"""Command line: `quantwire run`, `convert`, `imatrix`, `calibrate`, `lint`, `compat`, `formats`, `help`.
 
 Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
 one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import compat, convert, imatrix, lint
+from .commands import calibrate, compat, convert, imatrix, lint
 from .commands.paths import require_file, require_writable, write_json
 from .quantizers.errors import FileError, OffloadConflict, QuantwireError
 
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quantwire", description=__doc__.splitlines()[0] if __doc__ else None)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
-    parser.add_argument("--version", action="version", version=f"quantwire {_version()}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", parents=[common], help="run a workflow in API form")
@@ -93,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert.add_parser(commands, common)
     imatrix.add_parser(commands, common)
+    calibrate.add_parser(commands, common)
     lint.add_parser(commands, common)
     compat.add_parser(commands, common)
 
@@ -107,7 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _ShowVersion(argparse.Action):
+    """argparse's own wants the version at every start, and looking it up takes 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"quantwire {_version()}")
+        parser.exit()
+
+
 def _version() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("quantwire")
     except importlib.metadata.PackageNotFoundError:  # a custom node is a folder, not an installed package

@@ -10,15 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..quantizers.errors import FileError, WorkflowError
 from .paths import require_writable
-
-if TYPE_CHECKING:
-    from ..hosts.standalone.record import Recording
+from .recording import add_workflow_arguments, record
 
 INTERRUPTED = 130
 
@@ -31,27 +28,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "importance matrix, which `quantwire convert --imatrix` and llama-quantize use to round the columns that "
         "matter more exactly.",
     )  # fmt: skip
-    parser.add_argument("workflow", type=Path, metavar="WORKFLOW.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gguf", help="the importance matrix")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="NODE.INPUT=VALUE",
-        help="change an input; NODE is an id, a title or a node type that occurs once",
-    )  # fmt: skip
-    parser.add_argument(
-        "--component", dest="components", action="append", choices=("transformer", "clip_l", "t5xxl"),
-        help="what to record; may be repeated (default: transformer)",
-    )  # fmt: skip
+    add_workflow_arguments(parser)
     parser.add_argument(
         "--merge", type=Path, action="append", default=[], metavar="OTHER.gguf",
         help="add what this file holds, so that several runs make one matrix; may be repeated, and may be FILE.gguf",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the importance matrix that FILE.gguf is now")
-    parser.add_argument(
-        "--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's"
-    )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="keep the images of the run here (default: not kept)"
-    )
     parser.set_defaults(handler=run)
 
 
@@ -72,7 +55,7 @@ def run(args: argparse.Namespace, report: dict[str, Any]) -> int:
     others = [read_imatrix(path) for path in args.merge]
     merge([*others, Imatrix({})])  # whatever will not add up is found before the run; it counts inputs as a run does
     try:
-        found = _record(args)
+        found = record(args)
     except Interrupted:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -114,44 +97,3 @@ def _refuse_loss(args: argparse.Namespace) -> None:
         raise FileError(
             f"--out: {out} is there already.\n--merge {out} adds to it, --overwrite replaces it; or give another name."
         )
-
-
-def _record(args: argparse.Namespace) -> Recording:
-    """Run the workflow.
-
-    Raises:
-        WorkflowError: a component that was asked for did not run.
-        Interrupted: cancelled.
-    """
-    from .. import nodes
-    from ..hosts import use
-    from ..hosts.standalone.core_nodes import CORE_NODES
-    from ..hosts.standalone.executor import Executor
-    from ..hosts.standalone.host import StandaloneHost
-    from ..hosts.standalone.progress import TqdmListener
-    from ..hosts.standalone.record import TRANSFORMER, Recording, recording
-    from ..hosts.standalone.workflow import apply_overrides, load_workflow
-
-    classes = {**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS}
-    for folder in args.models or []:
-        if not folder.is_dir():
-            raise FileError(f"--models: '{folder}' is not a folder.")
-    if args.images is not None:
-        require_writable(args.images, "--images")
-    wanted = Recording(tuple(dict.fromkeys(args.components or [TRANSFORMER])))
-    with (
-        tempfile.TemporaryDirectory(prefix="quantwire-") as scratch,
-        use(StandaloneHost(args.models, args.images or Path(scratch))),
-        recording(wanted),
-    ):
-        prompt = apply_overrides(load_workflow(args.workflow), args.overrides, classes)
-        # An executor of its own: one that had run this workflow would take results from its cache, and run nothing.
-        Executor(classes, TqdmListener()).run(prompt)
-    missing = [c for c in wanted.components if c not in wanted.seen]
-    if missing:
-        ran = ", ".join(sorted(wanted.seen)) or "no model"
-        raise WorkflowError(
-            f"{args.workflow}: {missing[0]} did not run, so there is nothing to record of it (what ran: {ran}).\n"
-            "The workflow needs a node that runs it: KSampler for the transformer, CLIPTextEncode for text encoders."
-        )
-    return wanted

@@ -1,4 +1,5 @@
-"""Record what goes into linear layers while a model runs: the sum of squares of each input column, for each layer.
+"""Record what goes into linear layers while a model runs: for each layer the sum of squares of each input column, and
+the largest absolute value of all of them.
 
 A forward pre-hook on each layer sees its input, whatever the layer is (full precision, quantized, with a LoRA beside
 it). Sums are float64 and taken in blocks of 1 MiB: squares of bfloat16 and float16 values are exact in it, and so are
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers.errors import WorkflowError
+from ..quantizers.files.calibration import Calibration, Inputs
 from ..quantizers.files.imatrix import Imatrix, Sums
 
 GPU_BLOCK_VALUES = 1 << 23  # 64 MiB
@@ -25,7 +27,7 @@ BLOCK_VALUES = 1 << 17  # 1 MiB of float64, which stays in the cache: 8.8 ms for
 
 
 class Recorder:
-    """Sums over all calls of the layers that it watched.
+    """Sums and largest values over all calls of the layers that it watched.
 
     Attributes:
         calls: how often the watched models ran.
@@ -36,6 +38,7 @@ class Recorder:
         # numpy: a tensor made inside torch.inference_mode cannot be added to outside of it.
         self._squares: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
+        self._amax: dict[str, float] = {}
         self.calls = 0
         self.idle: set[str] = set()
 
@@ -82,13 +85,14 @@ class Recorder:
                 f"'{name}': an input of {rows.shape[1]} columns after one of {len(total)}: the workflow runs different "
                 "models, whose sums cannot be added.\nRecord them in workflows of their own."
             )
-        added = column_squares(rows)
+        added, largest = column_squares(rows)
         if not np.isfinite(added).all():
             raise WorkflowError(
                 f"'{name}': nan or inf in the input of this layer, so nothing can be learned from this run.\n"
                 "The model overflows in its dtype, or its file is damaged: look at the images that it makes."
             )
         total += added
+        self._amax[name] = max(self._amax.get(name, 0.0), math.sqrt(largest))
         self._counts[name] = self._counts.get(name, 0) + len(rows)
         self.idle.discard(name)
 
@@ -105,16 +109,29 @@ class Recorder:
         most = max(self._counts.values(), default=0)
         return Imatrix(entries, (dataset,), self.calls, math.ceil(most / max(self.calls, 1)))
 
+    def calibration(self, run: str) -> Calibration:
+        """What was recorded, as largest values.
 
-def column_squares(rows: Tensor) -> np.ndarray:
-    """(K,) float64 sums over (M, K) of the squares of each column."""
+        Args:
+            run: where the inputs came from.
+        """
+        layers = {n: Inputs(self._amax[n], count, len(self._squares[n])) for n, count in self._counts.items()}
+        return Calibration(layers, (run,), self.calls)
+
+
+def column_squares(rows: Tensor) -> tuple[np.ndarray, float]:
+    """(K,) float64 sums over (M, K) of the squares of each column, and the largest square."""
     # MPS has no float64. On a GPU the time goes into starting kernels, and there is no such cache to stay in.
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     step = max(1, (BLOCK_VALUES if rows.device.type == "cpu" else GPU_BLOCK_VALUES) // rows.shape[1])
     total = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
+    largest = torch.zeros((), dtype=dtype, device=rows.device)
     for block in rows.split(step):
-        total += block.to(dtype, copy=True).square_().sum(0)
-    return total.cpu().numpy().astype(np.float64)
+        squares = block.to(dtype, copy=True).square_()
+        total += squares.sum(0)
+        if squares.numel():
+            largest = torch.maximum(largest, squares.max())
+    return total.cpu().numpy().astype(np.float64), float(largest)
 
 
 @contextmanager

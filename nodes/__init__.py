@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .convert import ConvertModel
 from .explain import explain_errors
-from .imatrix import RecordImatrix, SaveImatrix
+from .imatrix import RecordImatrix, SaveCalibration, SaveImatrix
 from .load import LoadAndQuantize, LoadGGUF
 from .load_text import LoadGGUFTextEncoder
 from .offload import OffloadCompat
@@ -23,6 +23,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "ConvertModel": ConvertModel,
     "RecordImatrix": RecordImatrix,
     "SaveImatrix": SaveImatrix,
+    "SaveCalibration": SaveCalibration,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -38,6 +39,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "ConvertModel": "Convert Model",
     "RecordImatrix": "Record Importance Matrix",
     "SaveImatrix": "Save Importance Matrix",
+    "SaveCalibration": "Save Calibration",
 }
 
 for _node in NODE_CLASS_MAPPINGS.values():

@@ -12,6 +12,7 @@ from quantwire.hosts.standalone.core_nodes import CORE_NODES
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.nodes import NODE_CLASS_MAPPINGS
 from quantwire.quantizers.errors import FileError, WorkflowError
+from quantwire.quantizers.files.calibration import read_calibration
 from quantwire.quantizers.files.imatrix import Imatrix, read_imatrix
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "full_precision.json"
@@ -83,3 +84,17 @@ def test_a_file_of_another_kind_is_not_added_to(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="not an importance matrix"):
         run(graph())
     assert path.read_bytes() == b"something else"
+
+
+def test_the_same_recording_makes_a_calibration(tmp_path: Path) -> None:
+    nodes = graph()
+    inputs = {"imatrix": ["2", 1], "after": ["11", 0], "filename": "scales/a", "if_exists": "add to it"}
+    nodes["4c"] = {"class_type": "SaveCalibration", "inputs": inputs}
+    said = run(nodes)["4c"]["text"][0]
+    found = read_calibration(tmp_path / "out" / "scales" / "a.json")
+    assert len(found.layers) == len(written(tmp_path).entries) == 33
+    assert said.startswith("33 weights, 2 model calls; largest inputs: ")
+    before = {name: x.amax for name, x in found.layers.items()}
+    nodes["4c"]["inputs"]["if_exists"] = "replace it"
+    run(nodes)
+    assert {n: x.amax for n, x in read_calibration(tmp_path / "out/scales/a.json").layers.items()} == before

@@ -267,6 +267,7 @@ def test_every_check_is_shown_to_fail() -> None:
     assert called - helpers == {check for check, _ in LINES.values()}
 
 
+@pytest.mark.slow
 def test_a_format_that_cannot_run_is_one_skip_with_its_reason(tmp_path: Path) -> None:
     suite = Path(__file__).with_name("test_conformance.py")
     arguments = ["-q", "-p", "no:cacheprovider", "-k", "gguf", "--rootdir", str(suite.parents[2]), str(suite)]

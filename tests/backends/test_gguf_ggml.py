@@ -300,6 +300,7 @@ for t in (mode.from_tensor(w), torch.empty(40, 512, device="meta")):
 """
 
 
+@pytest.mark.slow
 def test_fake_tensors_give_shapes() -> None:
     run_alone(FAKE)
 

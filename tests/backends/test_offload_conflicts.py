@@ -485,6 +485,7 @@ def test_a_missing_library_fails_only_where_all_is_required() -> None:
 PROBE = ["compat", "--probe", "--carrier", "quantwire", "--format", "gguf-q8-0", "--mode", "sequential"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_a_planted_wrong_verdict_fails_the_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -583,6 +584,7 @@ cell.probe = probe
     monkeypatch.setattr(runner, "START", runner.START.replace(WORKER, plant))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_charged_to_its_cell_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, {FOUR[1]: "import os; os.abort()", FOUR[2]: "print('last words'); raise SystemExit(3)"})
     told: list[Cell] = []
@@ -622,6 +624,7 @@ time.sleep(600)"""
     pytest.fail("the child goes on")
 
 
+@pytest.mark.slow
 def test_on_an_accelerator_a_process_ends_with_an_error_and_the_next_cells_get_a_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -122,6 +122,7 @@ def run(script: str, tmp_path: Path, *args: str) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-c", script, *args], env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_id", ["quanto-qint2", "quanto-qint4"])
 def test_library_needs_a_compiler_for_its_first_forward(format_id: str, tmp_path: Path) -> None:
     done = run(WITHOUT_COMPILER, tmp_path, format_id, "library")
@@ -130,6 +131,7 @@ def test_library_needs_a_compiler_for_its_first_forward(format_id: str, tmp_path
     assert "ninja" in done.stderr.lower() or "c++" in done.stderr.lower() or "quanto_cpp" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_id", ["quanto-qint2", "quanto-qint4"])
 def test_ours_needs_none(format_id: str, tmp_path: Path) -> None:
     done = run(WITHOUT_COMPILER, tmp_path, format_id, "quantwire")

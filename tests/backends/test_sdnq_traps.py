@@ -184,6 +184,7 @@ library()
 """
 
 
+@pytest.mark.slow
 def test_our_import_leaves_global_settings_alone(sdnq: Any) -> None:
     changed, imported, compiling = run(SNAPSHOT.replace("IMPORT", OURS))
     assert imported
@@ -191,6 +192,7 @@ def test_our_import_leaves_global_settings_alone(sdnq: Any) -> None:
     assert changed == {}
 
 
+@pytest.mark.slow
 def test_the_users_own_choice_to_compile_is_kept(sdnq: Any) -> None:
     # SDNQ_USE_TORCH_COMPILE=1 skips the library's trial compilation, which takes 18 s, and says yes.
     changed, imported, compiling = run(SNAPSHOT.replace("IMPORT", OURS), SDNQ_USE_TORCH_COMPILE="1")

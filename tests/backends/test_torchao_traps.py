@@ -62,6 +62,7 @@ logging.getLogger("torchao").warning("Failed to load /x/_C_y.so")
     assert "Failed to load /x/_C_y.so" in said
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_compiler_stay() -> None:
     """`torchao.quantize_` with a config of its defaults changes them for the whole process."""
     settings = "import torch._inductor.config as c; before = c.save_config_portable()\n"

@@ -25,6 +25,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return result, (out / "formats.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_both_models_are_measured(quick: tuple[dict, str]) -> None:
     rows = {r["format"]: r for r in quick[0]["rows"]}
     assert list(rows) == ["bnb-nf4", "gguf-q8-0"]
@@ -40,6 +41,7 @@ def test_both_models_are_measured(quick: tuple[dict, str]) -> None:
     assert four["psnr_db"] + 10 < eight["psnr_db"]
 
 
+@pytest.mark.slow
 def test_sentence_pairs_rank_the_formats(quick: tuple[dict, str]) -> None:
     if quick[0]["no_sentences"]:
         pytest.skip(quick[0]["no_sentences"])
@@ -49,6 +51,7 @@ def test_sentence_pairs_rank_the_formats(quick: tuple[dict, str]) -> None:
     assert quick[0]["bfloat16_cosine_error"][0] < four["cosine_error_mean"]
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_was_measured(quick: tuple[dict, str]) -> None:
     result, page = quick
     assert result["command"] in page

@@ -34,6 +34,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     return json.loads((out / "gguf_types.json").read_text(encoding="utf-8")), text
 
 
+@pytest.mark.slow
 def test_three_types_are_made_loaded_and_drawn_with(quick: tuple[dict[str, Any], str]) -> None:
     rows = {r["type"]: r for r in quick[0]["rows"]}
     assert list(rows) == ["Q8_0", "Q4_K_M", "gguf-iq4-xs"]
@@ -49,6 +50,7 @@ def test_three_types_are_made_loaded_and_drawn_with(quick: tuple[dict[str, Any],
         assert f"| `{row['type']}` | {row['bits']:.2f} | {row['nbytes'] / 2**20:.2f} |" in quick[1]
 
 
+@pytest.mark.slow
 def test_sizes_come_from_the_published_shapes(tmp_path: Path) -> None:
     text = run("gguf_sizes", tmp_path)
     found = json.loads((tmp_path / "gguf_sizes.json").read_text(encoding="utf-8"))["FLUX.1 dev"]

@@ -345,6 +345,7 @@ LAYERS = 24
 SLACK_MIB = 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("format_id", ["gguf-q8-0", "bnb-nf4", "comfy-fp8-e4m3fn"])
 def test_peak_memory(tmp_path: Path, format_id: str) -> None:

@@ -197,6 +197,7 @@ def test_an_output_folder_that_goes_away_in_mid_run(quantwire: Any, tmp_path: Pa
     assert done.first.startswith("FileError: node 13 'Save' (SaveImage): Images cannot be written to")
 
 
+@pytest.mark.slow
 def test_library_that_is_not_installed(outcome: Any, tmp_path: Path, demo_models: Path) -> None:
     """A process in which neither bitsandbytes nor its metadata can be found."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -285,6 +286,7 @@ def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.splitlines()[-1] == f"{len(working)} of {len(rows)} formats work here ({writable} writable)"
 
 
+@pytest.mark.slow
 def test_formats_verbose_names_the_kernel_that_a_product_takes(capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed is what `kernel` answers for each number of tokens, each number once."""
     assert main(["formats", "--verbose", "--json"]) == 0

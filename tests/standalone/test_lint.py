@@ -191,6 +191,7 @@ def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_in_a_build(models: tuple[Path, ...], tmp_path: Path) -> None:
     """A folder with a good file, a conflict, a broken file and other JSON: each is judged, and the worst counts."""
     for name in ("quantized.json", "conflict.json"):

@@ -191,6 +191,7 @@ def test_exact_keeps_the_effect_at_8_bits(model: DiffusionModel, tmp_path: Path,
     assert effect_cosine(effect, call(apply_lora(model, lora, 1.0)) - call(model)) >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_id", [f for f in available_formats() if get_entry(f).bits < 5])
 def test_requantizing_is_worse_than_exact_at_4_bits(model: DiffusionModel, tmp_path: Path, format_id: str) -> None:
     lora = save(tmp_path / "lora.safetensors", comfy_keys(factors()))

@@ -35,6 +35,7 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/import_time.py --json out/bench/import_time.json
+	$(BIN)/python benchmarks/inspect_time.py --json out/bench/inspect_time.json
 
 # Every format on two models, with docs/formats.md; FORMATS="bnb-nf4 gguf-q8-0" measures some, into out/formats.md.
 formats: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""Command line: `quantwire run`, `convert`, `imatrix`, `calibrate`, `lint`, `compat`, `formats`, `help`.
+"""Command line: `quantwire run, inspect, doctor, convert, imatrix, calibrate, lint, compat, formats, help`.
 
 Exit codes: 0 done; 2 bad workflow or input; 3 blocked by OffloadCompat; 4 a node failed; 130 interrupted. An error is
 one line on standard error and, where there is one, what to do about it; `--debug` adds the traceback.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import calibrate, compat, convert, imatrix, lint
 from .commands.paths import require_file, require_writable, write_json
 from .quantizers.errors import FileError, OffloadConflict, QuantwireError
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from .hosts.standalone.executor import RunResult
     from .hosts.standalone.workflow import Prompt
 
+COMMANDS = ("inspect", "doctor", "convert", "imatrix", "calibrate", "lint", "compat")  # modules of `commands/`
 OK, BAD_INPUT, BLOCKED, NODE_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 STATUS = {OK: "ok", BAD_INPUT: "bad input", BLOCKED: "blocked", NODE_FAILED: "node failed", INTERRUPTED: "interrupted"}
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch loads OpenMP. Threads that spin while they wait slow a busy machine down, sampling 17 times
     # (44.7 s against 2.6 s, measured with other jobs beside).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     if not args.debug:
         # Its import reports optional kernels that are absent, and its int8 layer every cast to float16.
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quantwire", description=__doc__.splitlines()[0] if __doc__ else None)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
@@ -90,11 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on a ComfyUI server, such as http://127.0.0.1:8188")
     run.set_defaults(handler=_run)
 
-    convert.add_parser(commands, common)
-    imatrix.add_parser(commands, common)
-    calibrate.add_parser(commands, common)
-    lint.add_parser(commands, common)
-    compat.add_parser(commands, common)
+    # Only what is asked for is imported: to show all the help takes longer than to look into a file.
+    first = argv[0] if argv else ""
+    for name in (first,) if first in COMMANDS else COMMANDS:
+        importlib.import_module(f".commands.{name}", __package__).add_parser(commands, common)
 
     formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
     formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")
@@ -235,6 +235,8 @@ def _exit_code(err: BaseException) -> int:
 
 def _print_error(err: BaseException, debug: bool) -> None:
     if debug:
+        import traceback
+
         traceback.print_exception(err)
     text = str(err).strip() or type(err).__name__
     place = getattr(err, "node_place", None)

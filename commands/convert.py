@@ -1,9 +1,10 @@
-"""`quantwire convert IN OUT --type TYPE`: model files into GGUF and back."""
+"""`quantwire convert IN OUT --type TYPE`: model files into GGUF, into quantized safetensors, and back."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,11 +21,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "convert",
         parents=[common],
-        help="convert a model file: full precision or GGUF to GGUF, GGUF to safetensors",
+        help="convert a model file to GGUF, to quantized safetensors of any format, or back",
         description=(
             "Convert a model file. IN is a safetensors file, a *.safetensors.index.json, a folder of diffusers, or a "
-            ".gguf file; OUT ends in .gguf or .safetensors. An interrupted conversion continues when it is run again, "
-            "except to a comfy format, which starts over."
+            ".gguf file; OUT ends in .gguf or .safetensors. An interrupted conversion continues when it is run again."
         ),
     )
     parser.add_argument("source", type=Path, metavar="IN")
@@ -32,7 +32,16 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", required=True, metavar="TYPE",
         help="GGUF: Q4_K_M, Q8_0, IQ4_XS, BF16, ... or gguf-q4-k for one type without upgrades; "
-        "safetensors: F32, F16, BF16, or a comfy format such as comfy-fp8-e4m3fn",
+        "safetensors: F32, F16, BF16, or any format or URI, such as comfy-nvfp4, bnb-nf4, 'quanto;weights=qint4'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", default="", metavar="LAYOUT",
+        help="how quantized layers are laid out in safetensors: comfy, comfy-metadata, scaled-fp8, bnb, quanto, sdnq, "
+        "torchao, plain-fp8 or quantwire; default: the usual one of the format",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard-size", type=_nbytes, default=0, metavar="SIZE",
+        help="write several safetensors files of at most SIZE (such as 5GB) with an index beside them",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show what every group of tensors becomes, and the size")
     parser.add_argument(
@@ -43,12 +52,18 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix of llama.cpp or of this pack")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="refuse where there is no interrupted conversion to continue; without it, one is continued or begun",
+    )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="start over where another conversion was interrupted")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     parser.add_argument("--arch", default="", metavar="NAME", help="general.architecture, in place of the detected one")
+    parser.add_argument("--measure", action="store_true", help="measure every value's error, not one row in 16")
     parser.add_argument(
-        "--measure", action="store_true", help="measure every value's error, not one row in 16; comfy: always so"
-    )
+        "--no-verify", action="store_true",
+        help="do not read quantized safetensors files again before they take their names",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="REPORT", help="write a machine-readable report")
     parser.set_defaults(handler=handle)
 
@@ -60,6 +75,8 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
 
     if args.threads is not None and args.threads < 1:
         raise FileError(f"--threads: {args.threads} is not a number of threads.\nLeave it out for one for each core.")
+    if args.resume and args.restart:
+        raise FileError("--resume and --restart: one continues and the other begins anew.\nGive one of them.")
     if not args.dry_run:
         require_writable(args.target.parent, "OUT")
     if args.json is not None:
@@ -67,7 +84,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     rules = parse_rules(_read(args.rules)) if args.rules is not None else ()
     request = Request(
         args.source, args.target, args.type, rules, tuple(args.keep), (), args.imatrix, args.arch, args.overwrite,
-        args.threads or 0, args.measure, args.restart,
+        args.threads or 0, args.measure, args.restart, args.resume, args.layout, args.shard_size, not args.no_verify,
     )  # fmt: skip
     if args.dry_run:
         plan = describe(request)
@@ -85,6 +102,18 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     report |= {"report": done.to_dict()}
     print(done)
     return OK
+
+
+def _nbytes(text: str) -> int:
+    """Bytes of a size: `5GB`, `500MiB`, `1.5G`, or a plain number.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 5GB or 500MiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 class Lines:

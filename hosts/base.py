@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a host that starts imports this for the pack's nodes
     from ..quantizers.compat.guard import Guard
     from ..quantizers.compat.modes import Carrier, OffloadMode
     from ..quantizers.compat.remedies import Space
+    from ..quantizers.files.model_saving import ModelTensors
     from ..quantizers.report import QuantReport
     from ..quantizers.spec import QuantSpec
     from ..quantizers.weight import QuantizedWeight
@@ -61,6 +62,24 @@ class Host(Protocol):
 
         Args:
             cache_mib: MiB of dequantized weights that may be kept between products; 0 keeps none.
+        """
+        ...
+
+    def load_quantized(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        """A MODEL from a file of any scheme of `quantizers.files.schemes`, its weights quantized as in the file.
+
+        Args:
+            path: a file, the index of several, or the folder of a component.
+        Raises:
+            FileError: damaged, not quantized, no diffusion model, or a scheme that is not loaded.
+        """
+        ...
+
+    def saved_tensors(self, model: Any) -> ModelTensors:
+        """What a file of a MODEL would hold: its weights as they are, LoRAs merged.
+
+        Raises:
+            SpecError: no model, LoRAs that cannot be merged, or layers that are not read.
         """
         ...
 

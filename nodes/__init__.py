@@ -5,10 +5,14 @@ from __future__ import annotations
 from .convert import ConvertModel
 from .explain import explain_errors
 from .imatrix import RecordImatrix, SaveCalibration, SaveImatrix
+from .inspect import InspectModel
 from .load import LoadAndQuantize, LoadGGUF
+from .load_quantized import LoadQuantized
 from .load_text import LoadGGUFTextEncoder
 from .offload import OffloadCompat
 from .quantize import QuantConfig, QuantizeControlNet, QuantizeModel, QuantizeTextEncoder, QuantRules
+from .repair import RepairModel
+from .save import SaveQuantized
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QuantizeModel": QuantizeModel,
@@ -19,8 +23,12 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LoadGGUF": LoadGGUF,
     "LoadGGUFTextEncoder": LoadGGUFTextEncoder,
     "LoadAndQuantize": LoadAndQuantize,
+    "LoadQuantized": LoadQuantized,
     "OffloadCompat": OffloadCompat,
+    "InspectModel": InspectModel,
+    "RepairModel": RepairModel,
     "ConvertModel": ConvertModel,
+    "SaveQuantized": SaveQuantized,
     "RecordImatrix": RecordImatrix,
     "SaveImatrix": SaveImatrix,
     "SaveCalibration": SaveCalibration,
@@ -35,8 +43,12 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LoadGGUF": "Load GGUF",
     "LoadGGUFTextEncoder": "Load GGUF Text Encoder",
     "LoadAndQuantize": "Load and Quantize",
+    "LoadQuantized": "Load Quantized",
     "OffloadCompat": "Offload Compatibility",
+    "InspectModel": "Inspect Model",
+    "RepairModel": "Repair Model",
     "ConvertModel": "Convert Model",
+    "SaveQuantized": "Save Quantized",
     "RecordImatrix": "Record Importance Matrix",
     "SaveImatrix": "Save Importance Matrix",
     "SaveCalibration": "Save Calibration",

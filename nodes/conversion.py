@@ -25,6 +25,7 @@ WORDS = {
     "`quantwire convert --imatrix`": "the input imatrix_name of ConvertModel",
     "Use --overwrite": "Set overwrite",
     "with --imatrix": "by imatrix_name",
+    "--layout": "layout",
     "--restart": "set overwrite",
     "--overwrite": "overwrite",
 }
@@ -77,12 +78,15 @@ def changed(inputs: Inputs) -> str:
     return f"{inputs.stamp()} {_lost[inputs]}"
 
 
-def run(inputs: Inputs, rules: QuantSpec | RuleSet | None, overwrite: bool, dry_run: bool) -> QuantReport | Description:
+def run(
+    inputs: Inputs, rules: QuantSpec | RuleSet | None, overwrite: bool, dry_run: bool, layout: str = ""
+) -> QuantReport | Description:
     """Convert, or tell what a conversion would make."""
     exclude, include = (rules.exclude, rules.include) if isinstance(rules, QuantSpec) else ((), ())
     request = Request(
         inputs.source, inputs.target, inputs.type, rules.rules if rules is not None else (),
         (*exclude, *patterns(inputs.keep_layers)), include, inputs.matrix, overwrite=overwrite, restart=overwrite,
+        layout=layout,
     )  # fmt: skip
     with _own_words():
         return _described(request) if dry_run else _converted(inputs, request)
@@ -155,16 +159,27 @@ def _target(model_name: str, source: Path, type: str, output_name: str) -> Path:
     """
     from ..quantizers.files.recipes import FLOATS, RECIPES
 
-    root = Path(os.path.normpath(root_of(model_name, source)))
     name = output_name.strip()
     if not name:
         plain = type in FLOATS and source.suffix.lower() == ".gguf"
         suffix = ".safetensors" if plain or type not in RECIPES else ".gguf"
         name = str(source.relative_to(root_of(model_name, source)).with_name(f"{source.stem}-{type}{suffix}"))
+    return in_folder(model_name, source, name, f"flux-{type}.gguf")
+
+
+def in_folder(model_name: str, source: Path, name: str, such: str) -> Path:
+    """The path of a new file in the model folder of another one.
+
+    Args:
+        such: an example of a name, for the message.
+    Raises:
+        FileError: a name that leads out of the model folder.
+    """
+    root = Path(os.path.normpath(root_of(model_name, source)))
     target = Path(os.path.normpath(root / name))
     if Path(name).is_absolute() or not target.is_relative_to(root) or target == root:
-        raise FileError(f"'{output_name}' is not a name in the model folder.\nGive a name such as flux-{type}.gguf.")
+        raise FileError(f"'{name}' is not a name in the model folder.\nGive a name such as {such}.")
     beside = target.parent == Path(os.path.normpath(source.parent))  # a link that the host has followed already
     if not beside and target.parent.exists() and not target.parent.resolve().is_relative_to(root.resolve()):
-        raise FileError(f"'{output_name}' leads out of the model folder through a link.\nGive another name.")
+        raise FileError(f"'{name}' leads out of the model folder through a link.\nGive another name.")
     return target

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from ..quantizers.spec import QuantSpec
 
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
+USUAL = "usual"
+# Ids of the writers, which cannot be asked without importing torch.
+LAYOUTS = ("comfy", "comfy-metadata", "scaled-fp8", "bnb", "quanto", "sdnq", "torchao", "plain-fp8", "quantwire")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
 class ConvertModel:
     DESCRIPTION = (
-        "Converts a model file into a GGUF file of any type, or back, without loading the model: tensor by tensor, in "
-        "little memory. The new file stands in the folder of the old one. An interrupted conversion continues when it "
-        "runs again, except to a comfy format, which starts over."
+        "Converts a model file into a GGUF file of any type, into a quantized safetensors file of any format, or back, "
+        "without loading the model: tensor by tensor, in little memory. The new file stands in the folder of the old "
+        "one. An interrupted conversion continues when it runs again."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("STRING", "REPORT")
@@ -39,11 +42,12 @@ class ConvertModel:
 
         host = current()
         files = [f"{folder}/{name}" for folder in FOLDERS for name in host.list_files(folder, SUFFIXES)]
-        native = [f for f in format_ids() if get_entry(f).backend == "comfy"]
+        formats = [f for f in format_ids() if get_entry(f).backend != "gguf"]
         name = "A file of the folders diffusion_models, text_encoders or checkpoints: safetensors or GGUF."
         kind = (
             "What the weights become. Q2_K to Q8_0, IQ and others: a GGUF file, mixed as llama.cpp mixes them. F32, "
-            "F16 and BF16: plain, GGUF or safetensors. comfy-*: a safetensors file that ComfyUI's own loaders open."
+            "F16 and BF16: plain, GGUF or safetensors. comfy-*: a safetensors file that ComfyUI's own loaders open. "
+            "Other formats: a safetensors file for LoadQuantized."
         )
         output = "Name of the new file, with .gguf or .safetensors; empty: the old name with the type behind it."
         rules = "Types of single layers from QuantRules, such as *.img_attn.* = gguf-q6-k."
@@ -52,11 +56,15 @@ class ConvertModel:
             "Layers that stay at full precision: names or patterns such as *.attn.to_out.*, separated by commas or "
             "lines."
         )
+        layout = (
+            "How quantized layers are laid out in a safetensors file. usual: as the format's library does. scaled-fp8: "
+            "comfy-fp8-e4m3fn for older hosts."
+        )
         dry = "Only show what each group of tensors would become, and the size of the file."
         return {
             "required": {
                 "model_name": (files, {"tooltip": name}),
-                "type": ([*RECIPES, *native], {"default": "Q4_K_M", "tooltip": kind}),
+                "type": ([*RECIPES, *formats], {"default": "Q4_K_M", "tooltip": kind}),
             },
             "optional": {
                 "output_name": ("STRING", {"default": "", "tooltip": output}),
@@ -65,6 +73,7 @@ class ConvertModel:
                 "rules": ("QUANT_CONFIG", {"tooltip": rules}),
                 "keep_layers": ("STRING", {"default": "", "multiline": True, "tooltip": keep}),
                 "imatrix_name": ("STRING", {"default": "", "tooltip": imatrix}),
+                "layout": ([USUAL, *LAYOUTS], {"default": USUAL, "tooltip": layout}),
             },
         }
 
@@ -104,10 +113,11 @@ class ConvertModel:
         rules: QuantSpec | RuleSet | None = None,
         keep_layers: str = "",
         imatrix_name: str = "",
+        layout: str = USUAL,
     ) -> dict[str, Any]:
         from . import conversion
 
         inputs = conversion.inputs_of(model_name, type, output_name, keep_layers, imatrix_name)
-        report = conversion.run(inputs, rules, overwrite, dry_run)
+        report = conversion.run(inputs, rules, overwrite, dry_run, "" if layout == USUAL else layout)
         shown = inputs.target.relative_to(conversion.root_of(model_name, inputs.source)).as_posix()
         return with_report(report, shown, report)

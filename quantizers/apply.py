@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 LayerMaker = Callable[[QuantizedWeight, "Tensor | None", Carrier], nn.Module]
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORST_NOISE = 2.0  # times the signal
+SMALL_VALUE = 30_000.0
+SUMMED_NUMEL = 1 << 22
 REPORTED_TOKENS = 1024  # for which the report names a layer's kernel
 T = TypeVar("T")
 
@@ -277,7 +279,7 @@ def _quantize_source(
 
 
 def quantize_tensor(
-    name: str, w: Tensor, spec: QuantSpec, importance: Tensor | None = None
+    name: str, w: Tensor, spec: QuantSpec, importance: Tensor | None = None, every: int = 1
 ) -> tuple[QuantizedWeight, Entry]:
     """Quantize one weight and measure what it cost.
 
@@ -285,6 +287,7 @@ def quantize_tensor(
         name: for messages.
         w: (N, K) float32, float16 or bfloat16; not modified.
         importance: (K,) float32, how much the error of a column counts.
+        every: measure one row in so many; all of them where a value is so large that a result may not be finite.
     Raises:
         WeightError: nan or inf in the weight, another dtype, or a result that is not finite or worse than zeros.
         SpecError: the format cannot hold this shape, or takes no importance matrix.
@@ -305,7 +308,8 @@ def quantize_tensor(
     except WeightError as err:
         raise WeightError(f"'{name}': {spec.format_id}: {err}") from err
     restored = quantizer.form(weight) or quantizer.dequantize(weight, torch.float32)
-    entry = measure(name, "linear weight", w, restored, weight.nbytes)
+    every = every if every == 1 or _is_small(w) else 1
+    entry = measure(name, "linear weight", w, restored, weight.nbytes, every)
     # Wider qdata may be a container of codes (bitsandbytes packs 4 bits into bfloat16) whose bits spell nan; where it
     # holds values, the noise tells. Float8 is looked at because its expansion takes nan for a number.
     values = [t for n, t in weight.tensors.items() if n != "qdata" or t.dtype.itemsize == 1]
@@ -320,6 +324,19 @@ def quantize_tensor(
         )
     kernel = quantizer.kernel(weight, w.device, w.dtype, REPORTED_TOKENS)
     return weight, dataclasses.replace(entry, format_id=spec.format_id, kernel=f"{kernel.name}: {kernel.reason}")
+
+
+def _row_parts(w: Tensor) -> tuple[Tensor, ...]:
+    """Rows at a time where torch would make a whole copy in a wider dtype to form a sum, which it does on the CPU."""
+    if w.device.type != "cpu" or w.dim() < 2 or w.numel() <= SUMMED_NUMEL:
+        return (w,)
+    return cast("tuple[Tensor, ...]", cast(Any, w).split(max(1, SUMMED_NUMEL * w.shape[0] // w.numel())))
+
+
+def _is_small(w: Tensor) -> bool:
+    """Whether no value is near the limits of float16, the narrowest dtype that a format computes in."""
+    low, high = torch.aminmax(w.detach()) if w.numel() else (w.sum(), w.sum())
+    return max(-float(low), float(high)) < SMALL_VALUE
 
 
 def check_finite(name: str, w: Tensor | QuantizedWeight) -> None:
@@ -337,7 +354,8 @@ def check_finite(name: str, w: Tensor | QuantizedWeight) -> None:
         w = w.detach()
         w = w.to(torch.float32) if w.dtype.itemsize == 1 else w
         # A finite sum has finite terms, and needs neither a mask nor a second pass.
-        if bool(torch.isfinite(w.sum(dtype=torch.float64 if w.dtype is torch.float64 else torch.float32))):
+        wide = torch.float64 if w.dtype is torch.float64 else torch.float32
+        if all(bool(torch.isfinite(part.sum(dtype=wide))) for part in _row_parts(w)):
             return
         bad = int((~torch.isfinite(w)).sum())
     if bad:

@@ -8,7 +8,6 @@ Out-of-memory errors are never wrapped: hosts recognise them by type.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -42,6 +41,8 @@ class OffloadConflict(QuantwireError):
 
 def near(name: str, valid: Iterable[str], limit: int = 3) -> str:
     """`" Did you mean a, b?"` for the closest valid names, or an empty string; case, `_` and `-` do not count."""
+    import difflib  # only an error needs it
+
     names: dict[str, str] = {}
     for each in valid:
         names.setdefault(_folded(each), each)

@@ -149,9 +149,13 @@ def merge(reports: list[QuantReport]) -> QuantReport:
     return merged
 
 
-def measure(name: str, reason: str, w: Tensor, restored: Expansion | Tensor, nbytes_out: int) -> Entry:
-    """Compare a weight (N, K) with its quantized form; `noise` is not finite where the form is not."""
-    d = compare(w, restored)
+def measure(name: str, reason: str, w: Tensor, restored: Expansion | Tensor, nbytes_out: int, every: int = 1) -> Entry:
+    """Compare a weight (N, K) with its quantized form; `noise` is not finite where the form is not.
+
+    Args:
+        every: look at one row in so many.
+    """
+    d = compare(w, restored, every)
     nbytes_in = w.numel() * w.element_size()
     ratio = _ratio_db(d.signal, d.noise)
     return Entry(name, "quantize", reason, nbytes_in, nbytes_out, ratio, d.max_error, d.signal, d.noise)

@@ -1,8 +1,7 @@
 """GGUF files through the host's own model detection, layers and patcher.
 
-The host's model is made once without weights first: its linear layers are what can hold blocks, its parameters say
-what shape each tensor must have. Everything else that a file has in blocks (convolutions of SD 1 and SDXL, embeddings,
-norms, biases, bare parameters) is dequantized when it is loaded, and the report says so.
+Linear layers of the host's model hold blocks. Everything else that a file has in blocks (convolutions of SD 1 and SDXL,
+embeddings, norms, biases, bare parameters) is dequantized when it is loaded, and the report says so.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError, SpecError
@@ -24,11 +22,11 @@ from ...quantizers.kernels.kept import KeptWeights, keep_dequantized
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.report import MIB, Entry, QuantReport
 from ...quantizers.weight import QuantizedWeight
+from .detection import Plan, check_loaded, first_of, in_shape, plan_model
 from .layouts import to_quantized_tensor
 from .linear import attach_exact_patches, operations
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # names in a line of the report; all stand in its entries
 
 
 def load_gguf(path: Path, carrier: Carrier, cache_mib: int = 0) -> tuple[Any, QuantReport]:
@@ -57,29 +55,6 @@ def _drop_kept(patcher: Any, *_: Any) -> None:
 def load_patcher(path: str, cache_mib: int, disable_dynamic: bool = False) -> Any:
     """For `cached_patcher_init`."""
     return _load(Path(path), cache_mib, disable_dynamic)[0]
-
-
-@dataclass
-class _Plan:
-    """What the host makes of the file's tensors.
-
-    Attributes:
-        dtype: in which it holds plain weights.
-        compute: in which it multiplies.
-        places: name in the file -> name in the model, where the host takes the tensor as it is.
-        shapes: name in the model -> shape of the parameter or buffer.
-        linear: names in the model of the weights of linear layers.
-        missing: parameters for which the file has nothing.
-        unknown: tensors for which the model has no place.
-    """
-
-    dtype: torch.dtype
-    compute: torch.dtype
-    places: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    linear: set[str]
-    missing: list[str] = field(default_factory=lambda: list[str]())
-    unknown: list[str] = field(default_factory=lambda: list[str]())
 
 
 def _load(path: Path, cache_mib: int, disable_dynamic: bool = False) -> tuple[Any, QuantReport]:
@@ -116,43 +91,17 @@ def _without_prefix(values: Mapping[str, Value]) -> dict[str, Value]:
     return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)} or dict(values)
 
 
-def _plan(source: GgufModel, values: Mapping[str, Value]) -> _Plan:
-    """Ask the host what the model is, and make it without weights.
+def _plan(source: GgufModel, values: Mapping[str, Value]) -> Plan:
+    """Ask the host what the model is.
 
     Raises:
         FileError: the host does not know the model.
     """
-    import comfy.model_management as mm
-    from comfy.model_detection import model_config_from_unet
-
     probe = {name: _probe(value) for name, value in values.items()}
-    config = model_config_from_unet(probe, "", metadata=dict(source.metadata))
-    if config is None:
+    plan = plan_model(probe, source.metadata, _plain_dtype(values))
+    if plan is None:
         raise source.problem or _undetected(source, values)
-    supported, device = list(config.supported_inference_dtypes), mm.get_torch_device()
-    numel = sum(t.numel() for t in probe.values())
-    dtype = mm.unet_dtype(model_params=numel, supported_dtypes=supported, weight_dtype=_plain_dtype(values))
-    cast = mm.unet_manual_cast(dtype, device, supported)
-    compute = cast or dtype
-    config.set_inference_dtype(dtype, cast, device=device)
-    config.custom_operations = operations(compute)
-    model = config.get_model(probe, "", device=torch.device("meta")).diffusion_model
-    taken = config.process_unet_state_dict(dict(probe))
-    names = {id(tensor): name for name, tensor in probe.items()}
-    shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
-    # The host's own class and no subclass: one with another forward may use its weight in another way.
-    layers = {f"{n}.weight": m for n, m in model.named_modules() if type(m) is operations(compute).Linear}
-    shapes |= {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    expected = {*(name for name, _ in model.named_parameters()), *layers}
-    return _Plan(
-        dtype,
-        compute,
-        {names[id(tensor)]: name for name, tensor in taken.items() if id(tensor) in names},
-        shapes,
-        set(layers),
-        sorted(expected - set(taken)),
-        sorted(set(taken) - set(shapes)),
-    )
+    return plan
 
 
 def _probe(value: Value) -> Tensor:
@@ -181,7 +130,7 @@ def _undetected(source: GgufModel, values: Mapping[str, Value]) -> FileError:
     )
 
 
-def _taken(path: Path, name: str, value: Value, plan: _Plan, reason: str) -> tuple[Tensor, Entry]:
+def _taken(path: Path, name: str, value: Value, plan: Plan, reason: str) -> tuple[Tensor, Entry]:
     """A tensor as the host gets it, and its line in the report.
 
     Args:
@@ -199,7 +148,7 @@ def _taken(path: Path, name: str, value: Value, plan: _Plan, reason: str) -> tup
         tensor = dequantized(value, plan.dtype)
     else:
         tensor = value.float() if value.dtype == torch.float64 else value
-    tensor = _in_shape(path, name, tensor, shape)
+    tensor = in_shape(path, name, tensor, shape)
     if reason:
         return tensor, Entry(name, "dequantize", reason, tensor.numel() * 2, tensor.nbytes)
     kept = sensitive_reason(name.removesuffix(".weight")) or "plain in the file"
@@ -214,21 +163,7 @@ def _why_plain(value: QuantizedWeight, linear: bool, shape: tuple[int, ...] | No
     return "" if value.orig_shape == shape else "stored in another shape"
 
 
-def _in_shape(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """The tensor in the shape of the model's parameter: ggml drops outer dimensions of 1.
-
-    Raises:
-        FileError: another shape.
-    """
-    found = tuple(tensor.shape)
-    if shape is None or found == shape:
-        return tensor
-    if [n for n in found if n != 1] != [n for n in shape if n != 1]:
-        raise FileError(f"{path.name}: '{name}' has shape {found}, the model needs {shape}.")
-    return tensor.reshape(shape)
-
-
-def _report(source: GgufModel, plan: _Plan, entries: list[Entry]) -> QuantReport:
+def _report(source: GgufModel, plan: Plan, entries: list[Entry]) -> QuantReport:
     formats = sorted({e.format_id for e in entries if e.format_id})
     report = QuantReport(source.path.name, ", ".join(formats) or "plain tensors only", entries=entries)
     declared = source.metadata.get("general.architecture") or "none"
@@ -240,28 +175,9 @@ def _report(source: GgufModel, plan: _Plan, entries: list[Entry]) -> QuantReport
     plain = [e for e in entries if e.action == "dequantize"]
     if plain:
         more = sum(e.nbytes_out for e in plain) / MIB
-        names = _shown([e.name for e in plain])
+        names = first_of([e.name for e in plain])
         report.notes.append(f"{len(plain)} tensors were dequantized at load, {more:.1f} MiB: {names}")
-    if plan.missing:
-        report.warnings.append(f"the file has nothing for {len(plan.missing)} parameters: {_shown(plan.missing)}")
-    if plan.unknown:
-        report.warnings.append(f"the model has no place for {len(plan.unknown)} tensors: {_shown(plan.unknown)}")
+    report.warnings += plan.warnings()
     for warning in report.warnings:
         log.warning("%s: %s", source.path.name, warning)
     return report
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def check_loaded(model: nn.Module, path: Path) -> None:
-    """Every layer has got a weight.
-
-    Raises:
-        FileError: names the first that has not.
-    """
-    missing = next((n for n, m in model.named_modules() if "weight" in vars(m) and m.weight is None), None)
-    if missing is not None:
-        raise FileError(f"{path.name}: nothing for layer '{missing}'.")

@@ -29,6 +29,7 @@ from .linear import make_linear
 if TYPE_CHECKING:
     from ...quantizers.compat.guard import Guard
     from ...quantizers.compat.remedies import Space
+    from ...quantizers.files.model_saving import ModelTensors
     from ..offload import OffloadSettings
 
 # Folder names under which other packs list GGUF files; read when they exist, never created.
@@ -106,6 +107,11 @@ class ComfyHost:
 
         return load_gguf(path, carrier, cache_mib)
 
+    def saved_tensors(self, model: Any) -> ModelTensors:
+        from .saving import saved_tensors
+
+        return saved_tensors(model)
+
     def text_encoder_types(self) -> Mapping[int, Sequence[str]]:
         from .gguf_text import types_by_count
 
@@ -122,6 +128,11 @@ class ComfyHost:
         from .load import load_and_quantize
 
         return load_and_quantize(path, spec, carrier, on_failure, cached, self.progress)
+
+    def load_quantized(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .quantized import load_quantized
+
+        return load_quantized(path, carrier, self.progress)
 
     def memory(self, model: Any) -> DeviceFacts:
         import comfy.model_management as mm

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ from ...quantizers.kernels.kept import KeptWeights
 from ...quantizers.registry import require_reader
 from ...quantizers.weight import QuantizedWeight
 from .layouts import algorithm_of, from_quantized_tensor, to_quantized_tensor
+
+# What the host multiplies activations with: a fixed scale before they are quantized, and one for each column.
+INPUT_SCALES = ("input_scale", "pre_quant_scale")
+FUSED_LAYOUT = "TensorWiseINT8Layout"  # see `_show_patch`
 
 
 @functools.cache
@@ -58,10 +63,21 @@ def operations(compute_dtype: torch.dtype) -> Any:
                 return
             state_dict.pop(f"{prefix}weight")
             self.adopt(weight)
+            beside = {name: state_dict.pop(f"{prefix}{name}", None) for name in ("comfy_quant", *INPUT_SCALES)}
             nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+            self._take_beside(beside)
             missing = args[2]
             if f"{prefix}weight" in missing:
                 missing.remove(f"{prefix}weight")
+
+        def _take_beside(self, beside: dict[str, Tensor | None]) -> None:
+            """What the host's own files hold beside a weight, in force as with the host's own loader."""
+            conf = beside.pop("comfy_quant")
+            if conf is not None and json.loads(bytes(conf.tolist())).get("full_precision_matrix_mult"):
+                self._full_precision_mm = self._full_precision_mm_config = True
+            for name, tensor in beside.items():
+                if tensor is not None:
+                    self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
         def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if getattr(self, "weight_lowvram_function", None) is not None:
@@ -170,6 +186,10 @@ def twin(layer: Any) -> nn.Module:
     copy = type(layer)(layer.in_features, layer.out_features, bias=False, device="meta")
     copy.quant_format, copy.layout_type, copy.lora = layer.quant_format, layer.layout_type, layer.lora
     copy._full_precision_mm = layer._full_precision_mm
+    copy._full_precision_mm_config = layer._full_precision_mm_config
+    for name in INPUT_SCALES:
+        if getattr(layer, name, None) is not None:
+            copy.register_parameter(name, nn.Parameter(getattr(layer, name).detach(), requires_grad=False))
     copy.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
     if layer.bias is not None:
         copy.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
@@ -187,3 +207,36 @@ def attach_exact_patches(patcher: Any, *_: Any) -> None:
         if getattr(module, "lora", None) is LoraMode.EXACT and hasattr(module, "exact_patch"):
             key = f"{name}.weight"
             module.exact_patch = LowVramPatch(key, patcher.patches) if key in patcher.patches else None
+            _show_patch(module)
+
+
+def _show_patch(layer: Any) -> None:
+    """Let host code that multiplies with the weight itself, past the layer's `forward`, see its exact patch.
+
+    Wan's and LTX-Video's feed-forward does so for int8 (`comfy.ops.linear_input_act`), where it casts the weight by the
+    functions on the layer.
+    """
+    functions = [f for f in layer.weight_function if f is not getattr(layer.weight_function, "exact", None)]
+    if getattr(layer, "layout_type", None) != FUSED_LAYOUT or layer.exact_patch is None:
+        if isinstance(layer.weight_function, _WithExact):
+            layer.weight_function = functions
+        return
+    layer.weight_function = _WithExact(functions, layer.exact_patch)
+
+
+class _WithExact(list[Any]):
+    """Functions of a layer's weight, followed by its exact patch until the host adds the same one for offloading."""
+
+    def __init__(self, functions: list[Any], exact: Any) -> None:
+        super().__init__(functions)
+        self.exact = exact
+
+    def _all(self) -> list[Any]:
+        own = list(super().__iter__())
+        return own if any(getattr(f, "is_lowvram_patch", False) for f in own) else [*own, self.exact]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())

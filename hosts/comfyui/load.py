@@ -21,7 +21,7 @@ from ...quantizers.files.stream import Part, TensorFile
 from ...quantizers.report import QuantReport
 from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
-from .gguf import check_loaded
+from .detection import check_loaded
 from .layouts import to_quantized_tensor
 from .linear import attach_exact_patches, operations
 from .patchers import replace_layers

@@ -39,6 +39,7 @@ REPLACED = "# replaced: "  # before the JSON of a server's /node_replacements
 PACK_FOLDERS: Mapping[str, Mapping[str, str]] = {
     "LoadGGUF": {"gguf_name": "unet_gguf"},
     "LoadAndQuantize": {"model_name": "diffusion_models"},
+    "LoadQuantized": {"model_name": "quantized"},
     "LoadGGUFTextEncoder": {f"clip_name{i}": "text_encoders" for i in (1, 2, 3, 4)},
 }
 MULTIGPU = re.compile(r"(DisTorch2?)?MultiGPU$")

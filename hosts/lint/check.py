@@ -324,12 +324,13 @@ class Checks:
                 message = f"{format_id} cannot run {where}: {state.reason}"
                 data = {"format": format_id}
                 yield Finding(level, "unavailable-format", node.place, message, (state.remedy,), data)
-        if node.class_type not in ("LoadGGUF", "LoadGGUFTextEncoder"):
+        if node.class_type not in ("LoadGGUF", "LoadGGUFTextEncoder", "LoadQuantized"):
             return
+        of = self.files.layer_formats if node.class_type == "LoadQuantized" else self.files.formats
         for i in self.catalog_inputs(node).values():
             value = node.values.get(i.name)
             path = self.files.find(i.folder, value) if i.folder and isinstance(value, str) else None
-            for format_id in self.files.formats(path) if path is not None else ():
+            for format_id in of(path) if path is not None else ():
                 try:
                     require_reader(format_id)
                 except BackendUnavailable as err:

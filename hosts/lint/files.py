@@ -15,6 +15,7 @@ from ..standalone.folders import ModelFolders
 FOLDERS: Mapping[str, tuple[str, ...]] = {
     "controlnet": ("controlnet", "t2i_adapter"),
     "unet_gguf": ("diffusion_models", "unet_gguf"),
+    "quantized": ("diffusion_models", "checkpoints"),  # of LoadQuantized
     "clip_gguf": ("text_encoders", "clip_gguf"),
     "vae": ("vae", "vae_approx"),
 }
@@ -40,6 +41,7 @@ class ModelFiles:
         self._lists: dict[str, list[str]] = {}
         self._formats: dict[Path, tuple[str, ...]] = {}
         self._faults: dict[Path, str] = {}
+        self._layers: dict[Path, tuple[str, ...]] = {}
 
     def names(self, folder: str) -> list[str]:
         if folder not in self._lists:
@@ -111,6 +113,20 @@ class ModelFiles:
             except (FileError, OSError) as err:
                 self._formats[path], self._faults[path] = (), str(err)
         return self._formats[path]
+
+    def layer_formats(self, path: Path) -> tuple[str, ...]:
+        """Formats of all layers that are quantized in a model's files, by every scheme that LoadQuantized knows."""
+        from ...quantizers.files.model_file import open_model
+        from ...quantizers.files.schemes.scan import scan
+        from ...quantizers.files.whole_model import model_of
+
+        if path not in self._layers:
+            try:
+                layers = scan(open_model(model_of(path))).layers.values()
+            except (FileError, OSError):
+                layers = ()
+            self._layers[path] = tuple({layer.format_id: None for layer in layers if layer.format_id})
+        return self._layers[path]
 
     def fault(self, path: Path) -> str:
         """Why the header of a file cannot be read; empty where it can, and for files of other kinds."""

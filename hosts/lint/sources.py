@@ -4,7 +4,7 @@ Only what is proved by the sources of a pack stands here; of any other node noth
 
 | pack | what its loaders give |
 | --- | --- |
-| quantwire | the carrier and format of the node's widgets; LoadGGUF: the types in the file's header |
+| quantwire | the carrier and format of the node's widgets; LoadGGUF, LoadQuantized: those in the file |
 | ComfyUI-GGUF (city96, nodes.py, ops.py) | GGMLTensor, one for each type in the file; plain for a safetensors file |
 | ComfyUI_bitsandbytes_NF4 (comfyanonymous, __init__.py) | a subclass of Params4bit, in the MODEL alone |
 | ComfyUI-MultiGPU (pollockjj, __init__.py) | those of the loader that it wraps |
@@ -81,6 +81,8 @@ class Sources:
             return {kind: self.quantized(node, kind)}
         if node.class_type == "LoadAndQuantize":
             return {"MODEL": self.quantized(node, "MODEL")}
+        if node.class_type == "LoadQuantized":
+            return {"MODEL": self.in_file(node)}
         if node.class_type == "LoadGGUF":
             return {"MODEL": self.gguf(node, "MODEL", {"gguf_name": "diffusion_models"}, carrier_of(node), "")}
         if node.class_type == "LoadGGUFTextEncoder":
@@ -107,6 +109,14 @@ class Sources:
             key = AUTO if chosen == AUTO else LINKED
             found[key] = UNTOLD[key]
         return tuple(Held(kind, carrier, f, label, node.place) for f, label in found.items())
+
+    def in_file(self, node: Node) -> tuple[Held, ...]:
+        """What the file of a LoadQuantized holds; nothing is claimed of one that is not here."""
+        carrier, value = carrier_of(node), node.values.get("model_name")
+        path = self.files.find("quantized", value) if isinstance(value, str) else None
+        if carrier is None or path is None:
+            return ()
+        return tuple(Held("MODEL", carrier, f, f, node.place) for f in self.files.layer_formats(path))
 
     def gguf(
         self, node: Node, kind: str, folders: Mapping[str, str], carrier: Carrier | None, prefix: str

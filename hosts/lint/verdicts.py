@@ -24,7 +24,7 @@ SAID = {
     VerdictLevel.UNKNOWN: "is not known to run",
 }
 WITH_FORMAT = (*QUANTIZERS, "LoadAndQuantize")
-WITH_CARRIER = (*WITH_FORMAT, "LoadGGUF", "LoadGGUFTextEncoder")
+WITH_CARRIER = (*WITH_FORMAT, "LoadGGUF", "LoadGGUFTextEncoder", "LoadQuantized")
 # Ways out that need no option or mode of the other host.
 ANYWHERE = (RemedyKind.CARRIER, RemedyKind.FORMAT)
 

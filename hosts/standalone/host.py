@@ -28,6 +28,7 @@ from .folders import ModelFolders
 if TYPE_CHECKING:
     from ...quantizers.compat.guard import Guard
     from ...quantizers.compat.remedies import Space
+    from ...quantizers.files.model_saving import ModelTensors
     from ..offload import OffloadSettings
 
 
@@ -75,6 +76,16 @@ class StandaloneHost(ModelFolders):
         from .models import load_gguf
 
         return load_gguf(path, carrier, self.make_layer, self.progress, cache_mib)
+
+    def load_quantized(self, path: Path, carrier: Carrier) -> tuple[Any, QuantReport]:
+        from .quantized import load_quantized
+
+        return load_quantized(path, carrier, self.make_layer, self.progress)
+
+    def saved_tensors(self, model: Any) -> ModelTensors:
+        from .saving import saved_tensors
+
+        return saved_tensors(model)
 
     def load_text_encoder(self, paths: Sequence[Path], kind: str, carrier: Carrier) -> tuple[Any, QuantReport]:
         from .gguf_text import load_text_encoders

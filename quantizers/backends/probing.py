@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import re
@@ -83,6 +84,27 @@ def probe_version(
     if fault:
         return Availability(False, f"{what} {version} {fault}".strip(), others, version)
     return Availability(True, version=version)
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    """Whether a distribution is there; it is not imported."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def probe_stored(quantizer: Quantizer, sample: QuantizedWeight, others: str) -> Availability:
+    """Probe with torch alone a format whose library only makes its weights, with a weight that is made already."""
+    return probe_version(quantizer, str(torch.__version__), others, lambda: sample, "torch")
+
+
+def sample_bytes(*shape: int) -> torch.Tensor:
+    """Fixed uint8 values from 0 to 252, for packed samples."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count) * 37 % 253).to(torch.uint8).reshape(shape)
 
 
 def _fault(quantizer: Quantizer, sample: Callable[[], QuantizedWeight] | None) -> str | None:

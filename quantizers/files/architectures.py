@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import FileError
 from ..meta import Shaped, TensorMeta
-from .layouts.diffusers import diffusers_to_comfyui
-from .layouts.target import Piece, Target, target
 from .signatures import ADAPTERS, IMAGE, OTHERS, SIGNATURES, TEXT, Signature
 
 if TYPE_CHECKING:
     from .layouts.llama_cpp import Heads
+    from .layouts.target import Target
 
 S = TypeVar("S", bound=Shaped)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "unet.", "model.", "")
@@ -80,16 +79,23 @@ def recognise(metas: Mapping[str, Shaped]) -> Found | None:
     if not metas:
         raise FileError("The file holds no tensors.\nGive the file of a diffusion model or of a text encoder.")
     _refuse(ADAPTERS, metas, "")
+    found = known_model(metas)
+    if found is None:
+        _refuse(OTHERS, metas, _seen(metas))
+    return found
+
+
+def known_model(metas: Mapping[str, Shaped]) -> Found | None:
+    """`recognise` of what is no adapter, which has names of the model that it is for."""
     for prefix in PREFIXES:
         names = _below(metas, prefix)
         for signature in SIGNATURES if names else ():
-            if signature.component == IMAGE and not _missing(signature, names):
+            if signature.component == IMAGE and _fits(signature, names):
                 return _found(signature, prefix)
     names = _text_names(metas)
     for signature in SIGNATURES:
-        if signature.component == TEXT and not _missing(signature, names):
+        if signature.component == TEXT and _fits(signature, names):
             return _found(signature, _text_prefix(metas))
-    _refuse(OTHERS, metas, _seen(metas))
     return None
 
 
@@ -103,12 +109,17 @@ def comfyui_targets(found: Found, metas: Mapping[str, TensorMeta], heads: Heads 
     Raises:
         FileError: a tensor that has no place there, or a file that is not complete.
     """
+    # The layouts are imported where they are needed: to recognise a model takes less time than they do.
+    from .layouts.target import Piece, target
+
     if found.component == TEXT and found.layout == "llama.cpp":
         from .layouts.llama_cpp import llama_cpp_to_transformers
 
         return llama_cpp_to_transformers(found.architecture, metas, heads)
     names = _below(metas, found.prefix)
     if found.layout == "diffusers":
+        from .layouts.diffusers import diffusers_to_comfyui
+
         return diffusers_to_comfyui(found.family, names, found.prefix)
     scale = found.architecture == "flux"
     return [
@@ -129,6 +140,8 @@ def gguf_targets(found: Found, metas: Mapping[str, TensorMeta], heads: Heads | N
     if found.component == IMAGE:
         return comfyui_targets(found, metas)
     if found.layout == "llama.cpp":
+        from .layouts.target import Piece, target
+
         return [target(name, (Piece(name),), metas) for name in metas]
     from .layouts.llama_cpp import transformers_to_llama_cpp
 
@@ -158,6 +171,11 @@ def _text_names(metas: Mapping[str, Shaped]) -> dict[str, Shaped]:
         rf"^{re.escape(before)}(model\.)?(language_model\.)?(model\.)?(?=(layers|visual|embed_tokens)\.)"
     )
     return {inner.sub("", name).removeprefix(before): meta for name, meta in metas.items()}
+
+
+def _fits(signature: Signature, names: Mapping[str, Shaped]) -> bool:
+    # The names first: patterns are tried on every tensor, which takes seconds where a file has many.
+    return all(name in names for name, _ in signature.names) and not _missing(signature, names)
 
 
 def _missing(signature: Signature, names: Mapping[str, Shaped]) -> list[str]:
@@ -192,7 +210,8 @@ def _found(signature: Signature, prefix: str) -> Found:
 
 def _refuse(kinds: Iterable[tuple[str, str, tuple[str, ...]]], metas: Iterable[str], seen: str) -> None:
     for what, todo, patterns in kinds:
-        name = next((n for n in metas if any(re.search(p, n) for p in patterns)), None)
+        search = re.compile("|".join(f"(?:{p})" for p in patterns)).search
+        name = next((n for n in metas if search(n)), None)
         if name:
             first = f"{what}: it has '{name}'. {seen}"
             raise FileError(f"{first.rstrip()}\n{todo}")

@@ -21,17 +21,16 @@ from ..errors import FileError
 from ..ggml_types import TYPES, format_id
 from ..registry import require_reader
 from ..weight import QuantizedWeight
-from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_NUMEL, GgufHeader, GgufTensor
-from .gguf_parts import read_gguf_parts
-from .gguf_source import shown
+from .gguf_header import MAGIC, GgufTensor
+from .gguf_parts import orig_shape, read_gguf_parts
 from .locate import is_pickle, pickled
+from .regular import open_regular
 from .safetensors_header import read_safetensors_header
 
 PLAIN_GGUF = {
     **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
 }
-ORIG_SHAPE = "comfy.gguf.orig_shape."
 
 
 @dataclass(frozen=True)
@@ -105,24 +104,9 @@ def read_gguf(path: Path) -> Checkpoint:
                 raise FileError(f"{part.path.name}: became shorter while it was read.\nWait until it is written.")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for t in part.header.tensors:
-            tensors[t.name] = _gguf_tensor(data, t, _orig_shape(path, first, t))
+            tensors[t.name] = _gguf_tensor(data, t, orig_shape(path, first, t))
     strings = {key: value for key, value in first.metadata.items() if isinstance(value, str)}
     return Checkpoint(path, tensors, {"general.architecture": "", **strings})
-
-
-def _orig_shape(path: Path, header: GgufHeader, t: GgufTensor) -> tuple[int, ...]:
-    key = ORIG_SHAPE + t.name
-    found = header.arrays.get(key, (-1,) if key in header.located else None)
-    if found is None:
-        return t.shape
-    shape = tuple(n for n in found if type(n) is int and 0 <= n <= MAX_NUMEL)
-    right = len(shape) == len(found) <= MAX_DIMENSIONS and math.prod(shape) == math.prod(t.shape)
-    if not right or math.prod(n or 1 for n in shape) > MAX_NUMEL:
-        raise FileError(
-            f"{path.name}: corrupt GGUF file: {shown(t.name)} has shape {t.shape}, and its other shape under "
-            f"{ORIG_SHAPE}* does not go with it."
-        )
-    return shape
 
 
 def _gguf_tensor(data: mmap.mmap, t: GgufTensor, shape: tuple[int, ...]) -> Tensor | QuantizedWeight:
@@ -183,7 +167,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def _head(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(8)
     except OSError as err:
         raise FileError(f"{path}: cannot be read: {err.strerror}.") from err

@@ -90,7 +90,8 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
     start = time.perf_counter()
     head, inputs = identity(conversion), input_files(request, conversion.source)
     resumable, overwrite, restart = conversion.resumable, request.overwrite, request.restart
-    with partial(request.target, conversion.total, head, resumable, overwrite, inputs, restart) as file:
+    resume = request.resume
+    with partial(request.target, conversion.total, head, resumable, overwrite, inputs, restart, resume) as file:
         if file.note:
             report.notes.append(file.note)
         if not file.done:

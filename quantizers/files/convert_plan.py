@@ -24,6 +24,7 @@ from ..report import MIB
 from ..rules import Rule
 from ..weight import TensorMeta
 from .architectures import OTHER_PARTS, PREFIXES, Found, comfyui_targets, detect, gguf_targets, recognise
+from .diffusers_folder import folder_targets
 from .gguf_layout import QUANTIZATION_VERSION, Place, general_keys, layout, number, raw_keys, text, total_nbytes
 from .imatrix import Imatrix, read_imatrix
 from .layouts.llama_cpp import Heads
@@ -48,6 +49,7 @@ from .text_keys import (
 DTYPES = {name: dtype for dtype, name in PLAIN.items()}
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 SHOWN = 5
+STALE = ("_quantization_metadata", "quantization_config", "quantwire", "tensor_names")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Request:
         threads: 0 is one for each core.
         measure: compare every value with its quantized form, not one row in 16.
         restart: throw away what another conversion of the target's name left when it was interrupted.
+        resume: refuse where no interrupted conversion can be continued.
+        layout: id of the writer for quantized safetensors files; empty is the usual one of the format.
+        shard_nbytes: largest size of a file, beyond which several are made with an index; 0 is no limit.
+        verify: read a quantized safetensors file again before it takes its name.
+        folder: the target is the weights file of a component's folder, in the names of diffusers or transformers.
     """
 
     source: Path
@@ -79,6 +86,11 @@ class Request:
     threads: int = 0
     measure: bool = False
     restart: bool = False
+    resume: bool = False
+    layout: str = ""
+    shard_nbytes: int = 0
+    verify: bool = True
+    folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,11 +170,14 @@ def _same(a: Path, b: Path) -> bool:
         return False
 
 
-def plan_tensors(request: Request, source: Source, recipe: Recipe, extra: Sequence[bytes] = ()) -> Conversion:
+def plan_tensors(
+    request: Request, source: Source, recipe: Recipe, extra: Sequence[bytes] = (), as_stored: bool = False
+) -> Conversion:
     """`plan_conversion` for an open source.
 
     Args:
         extra: GGUF keys of the caller's in place of `quantwire.recipe`.
+        as_stored: every tensor stays in the type that it has, whatever the recipe; for a GGUF file.
     """
     gguf = request.target.suffix.lower() == GGUF
     model = read_model(request, source)
@@ -170,7 +185,9 @@ def plan_tensors(request: Request, source: Source, recipe: Recipe, extra: Sequen
     imatrix = read_imatrix(request.imatrix) if request.imatrix is not None else None
     importance = None if imatrix is None else {t.name for t in targets if imatrix.find(t.name) is not None}
     patterns = request.rules, request.exclude, request.include
-    if gguf:
+    if as_stored:
+        choices, notes = [_as_stored(source, t) for t in targets], list[str]()
+    elif gguf:
         choices, notes = choose(found, targets, recipe, *patterns, importance)
     else:
         choices, notes = choose_plain(targets, recipe, *patterns), []
@@ -190,6 +207,12 @@ def plan_tensors(request: Request, source: Source, recipe: Recipe, extra: Sequen
         (*notes, *more_notes, *model.notes), (*model.warnings, *warnings), resumable=bool(source.files),
         tail=b"".join(model.words.values()),
     )  # fmt: skip
+
+
+def _as_stored(source: Source, t: Target) -> Choice:
+    kinds = {source.kinds.get(p.source, "") for p in t.pieces}
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    return Choice(t, kind if kind in TYPES else PLAIN[t.dtype], "as it is stored", quantized=kind in TYPES)
 
 
 @dataclass(frozen=True)
@@ -231,7 +254,10 @@ def read_model(request: Request, source: Source) -> Model:
     gguf = request.target.suffix.lower() == GGUF
     if gguf and request.architecture and found.layout == "llama.cpp":
         comfyui_targets(found, metas, heads)  # refuses tensors of another architecture than the one asked for
-    targets = gguf_targets(found, metas, heads) if gguf else comfyui_targets(found, metas, heads)
+    if request.folder:
+        targets = folder_targets(found, metas)
+    else:
+        targets = gguf_targets(found, metas, heads) if gguf else comfyui_targets(found, metas, heads)
     _refuse_dtypes(source, targets)
     words, doubts = ({}, []) if gguf else tokenizers(found, source, [t.name for t in targets])
     warnings += [*doubts, *text_warnings(found, source, targets, gguf, doubt)]
@@ -328,13 +354,16 @@ def _keys(request: Request, source: Source, model: Model, recipe: Recipe, extra:
 
 
 def metadata_strings(source: Source) -> dict[str, str]:
-    """`__metadata__` of a safetensors file; of a GGUF source its general keys by the names they have there."""
+    """`__metadata__` of a safetensors file; of a GGUF source its general keys by the names they have there.
+
+    What tells of the source's own quantized layers is left out: it would be wrong of others.
+    """
     known = {"general.name": "modelspec.title", "general.author": "modelspec.author"}
     known |= {"general.license": "modelspec.license", "general.description": "modelspec.description"}
     if isinstance(source, GgufSource):
         kept = {known[k]: v for k, v in source.strings.items() if k in known}
     else:
-        kept = dict(source.strings)
+        kept = {k: v for k, v in source.strings.items() if k not in STALE and k not in source.metas}
     return {"format": "pt", **kept}
 
 
@@ -501,8 +530,9 @@ def source_nbytes(source: Source, t: Target) -> int:
     for piece in t.pieces:
         meta = source.metas[piece.source]
         kind = source.kinds.get(piece.source)
-        size = meta.nbytes if kind is None else meta.numel
-        size = size if kind not in TYPES else size // TYPES[kind].block * TYPES[kind].nbytes
+        size = meta.nbytes if kind is None else source.sizes.get(piece.source, meta.numel)
+        if kind in TYPES:
+            size = meta.numel // TYPES[kind].block * TYPES[kind].nbytes
         rows = meta.shape[0] if meta.shape else 1
         total += size * piece.rows(rows) / max(rows, 1)
     return int(total)

@@ -1,4 +1,4 @@
-"""One door for every conversion: by the type that is asked for, to GGUF, plain safetensors or a native format."""
+"""One door for every conversion: by the type that is asked for, to GGUF, plain or quantized safetensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..errors import SpecError
 from ..report import QuantReport
 from . import convert as slabs
-from . import native
-from .convert_plan import Conversion, Request, dry_run, dry_run_json, plan_conversion
+from . import quantizing
+from .convert_plan import GGUF, Conversion, Request, dry_run, dry_run_json, plan_conversion
+from .diffusers_folder import into_folder
 from .journal import remains
 
 
@@ -44,9 +46,10 @@ def describe(request: Request) -> Description:
 
     What only stands in the way of writing the file is a warning.
     """
+    request = into_folder(request)
     planned = _plan(dataclasses.replace(request, overwrite=True))
-    if isinstance(planned, native.NativeConversion):
-        lines, data = native.dry_run(planned), native.dry_run_json(planned)
+    if isinstance(planned, quantizing.QuantizedConversion):
+        lines, data = quantizing.dry_run(planned), quantizing.dry_run_json(planned)
     else:
         lines, data = dry_run(planned), dry_run_json(planned)
     obstacles, left = _obstacles(request), _left(planned)
@@ -55,11 +58,11 @@ def describe(request: Request) -> Description:
     return Description("\n".join([lines, *left, *(f"WARNING: {o}" for o in obstacles)]), data)
 
 
-def _left(planned: Conversion | native.NativeConversion) -> list[str]:
+def _left(planned: Conversion | quantizing.QuantizedConversion) -> list[str]:
     """What would become of an interrupted conversion."""
     request = planned.request
-    if isinstance(planned, native.NativeConversion):
-        said = remains(request.target, planned.total, native.identity(planned), False, request.restart)
+    if isinstance(planned, quantizing.QuantizedConversion):
+        said = quantizing.left(planned)
     else:
         said = remains(request.target, planned.total, slabs.identity(planned), planned.resumable, request.restart)
     return [said] if said else []
@@ -83,13 +86,28 @@ def convert(request: Request, bars: Bars) -> QuantReport:
     Raises:
         QuantwireError: what cannot be; a target that was there is as it was.
     """
-    planned = _plan(request)
+    planned = _plan(into_folder(request))
+    if isinstance(planned, quantizing.QuantizedConversion):
+        with bars(planned.work) as bar:
+            return quantizing.run(planned, bar.update)
     with bars(planned.total) as bar:
-        if isinstance(planned, native.NativeConversion):
-            return native.run(planned, bar.update)
         return slabs.run_conversion(planned, bar.update)
 
 
-def _plan(request: Request) -> Conversion | native.NativeConversion:
-    spec = native.native_spec(request)
-    return plan_conversion(request) if spec is None else native.plan_native(request, spec)
+def _plan(request: Request) -> Conversion | quantizing.QuantizedConversion:
+    spec = quantizing.quantized_spec(request)
+    if spec is not None:
+        return quantizing.plan_quantized(request, spec)
+    if request.folder:
+        raise SpecError(
+            f"A folder takes quantized formats such as bnb-nf4, and {request.type} is none.\n"
+            "Name the target *.safetensors or *.gguf."
+        )
+    kind = "GGUF" if request.target.suffix.lower() == GGUF else "plain"
+    if request.layout:
+        raise SpecError(
+            f"--layout: {request.layout} holds quantized layers, and {request.type} is {kind}.\nLeave it out."
+        )
+    if request.shard_nbytes:
+        raise SpecError(f"--shard-size: files of {kind} values are written whole.\nLeave it out.")
+    return plan_conversion(request)

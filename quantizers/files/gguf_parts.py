@@ -6,15 +6,17 @@ in each, the model's own keys in the first only, whose tensors may be none.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FileError
-from .gguf_header import GgufHeader, Types, read_part_header
+from .gguf_header import MAX_DIMENSIONS, MAX_NUMEL, GgufHeader, GgufTensor, Types, read_part_header
 from .gguf_source import shown
 
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.IGNORECASE | re.ASCII)
+ORIG_SHAPE = "comfy.gguf.orig_shape."
 AGAIN = "Download the model again, all files from one place."
 
 
@@ -90,3 +92,25 @@ def _check(parts: tuple[GgufPart, ...]) -> None:
             f"{parts[0].path.name}: {len(parts)} files hold {len(seen)} tensors, 'split.tensors.count' is {total}.\n"
             f"{AGAIN}"
         )
+
+
+def orig_shape(path: Path, header: GgufHeader, t: GgufTensor) -> tuple[int, ...]:
+    """The shape of a tensor, which converters record where ggml cannot have it: other rows, or more dimensions.
+
+    Args:
+        header: of the first part, which has the keys of the model.
+    Raises:
+        FileError: another number of values than the tensor has.
+    """
+    key = ORIG_SHAPE + t.name
+    found = header.arrays.get(key, (-1,) if key in header.located else None)
+    if found is None:
+        return t.shape
+    shape = tuple(n for n in found if type(n) is int and 0 <= n <= MAX_NUMEL)
+    right = len(shape) == len(found) <= MAX_DIMENSIONS and math.prod(shape) == math.prod(t.shape)
+    if not right or math.prod(n or 1 for n in shape) > MAX_NUMEL:
+        raise FileError(
+            f"{path.name}: corrupt GGUF file: {shown(t.name)} has shape {t.shape}, and its other shape under "
+            f"{ORIG_SHAPE}* does not go with it."
+        )
+    return shape

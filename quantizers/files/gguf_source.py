@@ -6,11 +6,10 @@ The limits bound memory and time whatever a file claims: at most 256 MiB, and we
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-
-import numpy as np
 
 from ..errors import FileError
 
@@ -160,13 +159,13 @@ def read_strings(source: Source, count: int, nbytes: int, what: str) -> tuple[st
 
 def skip_strings(source: Source, count: int, what: str) -> None:
     """Pass over strings by their lengths: most items of a header are tokens."""
-    left = count
+    left, length_at = count, LENGTH.unpack_from
     while left:
         index = source.index(8, what)
         window, last = source.window, len(source.window) - 8
         passed, at = _pass_short(window, index, left)
         while passed < left and at <= last:
-            at += 8 + LENGTH.unpack_from(window, at)[0]
+            at += 8 + length_at(window, at)[0]
             passed += 1
         left -= passed
         # Only the last one can reach beyond the window, so that one check is enough.
@@ -177,8 +176,12 @@ def _pass_short(window: bytes, index: int, most: int) -> tuple[int, int]:
     """Pass over strings of 1 to 255 bytes without a zero among them, as tokens are: (number, index after them).
 
     Their lengths are the bytes before runs of seven zeros. That a found string ends where the next one begins proves
-    each; where one does not, the rest is left to the caller. Four times as fast as a loop over the lengths.
+    each; where one does not, the rest is left to the caller. Four times as fast as a loop over the lengths, but numpy's
+    import takes longer than that saves: without it everything is left to the caller.
     """
+    np: Any = sys.modules.get("numpy")
+    if not hasattr(np, "flatnonzero"):  # another thread may be importing it
+        return 0, index
     data: Any = np.frombuffer(window, np.uint8)
     zeros = np.flatnonzero(data[index + 1 :] == 0) + index + 1
     starts = zeros[:-6][zeros[6:] - zeros[:-6] == 6] - 1

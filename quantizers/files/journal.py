@@ -7,6 +7,11 @@
 A line is added only after the data that it speaks of is on the disk, which a thread of its own asks for every few
 seconds: after a power cut the journal promises nothing that is not there. A last line that was cut off is cut away.
 
+A conversion into several files has one journal, of the name that the set goes by, and NAME.partial for each file. A
+last line "" is the seal: all data and headers are written, and the sizes, inodes and the small files beside (an index)
+stand in it. Only then files take their names, one after the other, the small ones last; a kill in between is finished
+by the next run.
+
 A partial file belongs to us only with a journal of ours beside it, which is why even a conversion that cannot continue
 begins with one. Anything else at these names is somebody's file, and refused.
 
@@ -25,7 +30,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -43,15 +49,43 @@ OTHERS = {
     "options": "another importance matrix, or --measure",
     "versions": "other versions of this pack or its libraries",
     "contents": "other rules, layers to keep or architecture",
+    "layout": "another layout",
+    "shards": "another size of shards",
 }
+SEAL = ""  # in place of a tensor's name
 BINARY = getattr(os, "O_BINARY", 0)
 
 
-class Partial:
-    """An open partial file.
+@dataclass
+class _File:
+    """One file of a conversion.
 
     Attributes:
+        total: its size from the beginning, as it was predicted.
+        taken: it has its name already, by an earlier run that was killed while files took their names.
+    """
+
+    target: Path
+    path: Path
+    total: int
+    fd: int = -1
+    taken: bool = False
+
+    def is_ours(self) -> bool:
+        """Whether the open file is still the one at its name."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.lstat())
+        except OSError:
+            return False
+
+
+class Partial:
+    """An open partial file, or several of one conversion.
+
+    Attributes:
+        path: the file; of several the first.
         done: name of each tensor that an earlier run finished -> what it noted of it.
+        sealed: whether an earlier run had written everything, headers too.
         note: how the file came about, for the report; empty for a new one.
     """
 
@@ -64,54 +98,83 @@ class Partial:
         overwrite: bool,
         restart: bool,
         alone: bool,
+        resume: bool = False,
+        parts: Sequence[tuple[Path, int]] = (),
     ) -> None:
         self.target = target
-        self.path = target.with_name(f"{target.name}.partial")
         self.done: dict[str, Any] = {}
         self.note = ""
+        self._seal: dict[str, Any] = {}
+        mark = "" if alone else f".{secrets.token_hex(6)}"
+        self._files: list[_File] = []
+        for path, size in parts or [(target, total)]:
+            name = path.name if alone else f"{path.name[:100]}{mark}"
+            self._files.append(_File(path, path.with_name(f"{name}.partial"), size))
+        self.path = self._files[0].path
         if not alone:
-            self.path = target.with_name(f"{target.name[:100]}.{secrets.token_hex(6)}.partial")
             self.note = (
                 f"no file locks in this folder: written as {self.path.name}, where an interrupted conversion could "
                 "not have continued"
             )
             log.warning("%s: no file locks in its folder; a kill would leave %s", target.name, self.path.name)
-        self.journal = self.path.with_name(f"{self.path.name}.jsonl")
+        own = self.path if not parts else target.with_name(f"{target.name[:100]}{mark}.partial")
+        self.journal = own.with_name(f"{own.name}.jsonl") if not alone else journal_of(target)
         self._resumable = resumable and alone
         self._overwrite = overwrite
         self._restart = restart
+        self._resume = resume
         self._pending: list[tuple[str, Any]] = []
         self._unsynced = 0
         self._synced_at = time.monotonic()
         self._lock = threading.Lock()
         self._sync: threading.Thread | None = None
         self._sync_error: OSError | None = None
-        self._fd = -1
         self._lines: BinaryIO | None = None
-        self._open(total, {"journal": 1, **head}, alone)
+        self._open({"journal": 1, **head}, alone)
 
-    def _open(self, total: int, head: dict[str, Any], alone: bool) -> None:
-        length = self._find(total, head) if alone else 0
+    @property
+    def sealed(self) -> bool:
+        return bool(self._seal)
+
+    @property
+    def taken(self) -> bool:
+        """Whether a file has its name already, so that no more than that is left to do."""
+        return any(f.taken for f in self._files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where the files are while they are written."""
+        return tuple(f.path for f in self._files)
+
+    def _open(self, head: dict[str, Any], alone: bool) -> None:
+        length = self._find(head) if alone else 0
+        if not length and self._resume:
+            raise FileError(
+                f"{self.target}: there is nothing to continue: no interrupted conversion of this name is here.\n"
+                "Leave --resume out to begin."
+            )
         try:
             if length:
-                self._fd = os.open(self.path, os.O_RDWR | BINARY)
+                for f in self._files:
+                    f.fd = -1 if f.taken else os.open(f.path, os.O_RDWR | BINARY)
                 self._lines = open(self.journal, "r+b")  # noqa: SIM115 `_shut` closes it
                 self._lines.truncate(length)
                 self._lines.seek(length)
             else:
-                if alone:  # before the file that it says is ours
+                if alone:  # before the files that it says are ours
                     self._lines = open(self.journal, "xb")  # noqa: SIM115 `_shut` closes it
                     self._lines.write(json.dumps(head).encode() + b"\n")
                     self._lines.flush()
                     os.fsync(self._lines.fileno())
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
-            if not self.done:
-                self._reserve(total)
+                for f in self._files:
+                    f.fd = os.open(f.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+            if not self.done and not self.sealed:
+                self._reserve()
         except BaseException:
             self.close(keep=False)
             raise
 
-    def _find(self, total: int, head: dict[str, Any]) -> int:
+    def _find(self, head: dict[str, Any]) -> int:
         """Look at what an earlier run left, and remove it unless it can be continued.
 
         Returns:
@@ -129,15 +192,18 @@ class Partial:
         if not raw.startswith(MARK):
             if not MARK.startswith(raw):  # else none, or killed while its first line was written
                 raise _not_ours(self.journal, self.target)
-            if os.path.lexists(self.path):
-                raise _not_ours(self.path, self.target)
+            for f in self._files:
+                if os.path.lexists(f.path):
+                    raise _not_ours(f.path, self.target)
             self.journal.unlink(missing_ok=True)
             return 0
         length = raw.rfind(b"\n") + 1
         was, done = _parse(raw[:length])
-        why = _obstacle(was, head, self._resumable, _is_whole(self.path, total), self._restart)
+        seal = done.pop(SEAL, {})
+        whole = _are_whole(self._files, seal)
+        why = _obstacle(was, head, self._resumable, whole, self._restart)
         if not why:
-            self.done = done
+            self.done, self._seal = done, seal
             self.note = f"continued an interrupted conversion: {len(done)} tensors were there"
             return length
         other = _difference(was, head)
@@ -146,38 +212,65 @@ class Partial:
                 f"{self.target}: another conversion of this name was interrupted, with {len(done)} tensors done: "
                 f"{other}.\nGive what it was started with to continue it, or --restart to start over."
             )
+        if self._resume:
+            raise FileError(
+                f"{self.target}: the interrupted conversion of this name cannot be continued: {why}.\n"
+                "Leave --resume out to start over."
+            )
+        for f in self._files:
+            f.taken = False
         self.note = f"an interrupted conversion was started over: {why}"
+        _discard_other(self.target, was)
         self.discard()
         return 0
 
-    def _reserve(self, total: int) -> None:
-        free = shutil.disk_usage(self.path.parent).free
+    def _reserve(self) -> None:
+        total, free = sum(f.total for f in self._files), shutil.disk_usage(self.path.parent).free
         if total > free:
             raise OSError(errno.ENOSPC, f"{total / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free on this disk")
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._fd, 0, max(total, 1))
-            except OSError as err:
-                if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-        os.ftruncate(self._fd, total)
+        for f in self._files:
+            if hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(f.fd, 0, max(f.total, 1))
+                except OSError as err:
+                    if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                        raise
+            os.ftruncate(f.fd, f.total)
 
-    def write(self, data: Any, at: int) -> None:
-        """Write bytes at a place; from any thread."""
-        view = memoryview(data).cast("B")
+    def write(self, data: Any, at: int, part: int = 0) -> None:
+        """Write bytes at a place; from any thread.
+
+        Args:
+            part: in which of several files.
+        """
+        view, fd = memoryview(data).cast("B"), self._files[part].fd
         if hasattr(os, "pwrite"):
             while view.nbytes:
-                written = os.pwrite(self._fd, view, at)
+                written = os.pwrite(fd, view, at)
                 view, at = view[written:], at + written
             return
         with self._lock:
-            os.lseek(self._fd, at, os.SEEK_SET)
+            os.lseek(fd, at, os.SEEK_SET)
             while view.nbytes:
-                view = view[os.write(self._fd, view) :]
+                view = view[os.write(fd, view) :]
 
-    def truncate(self, nbytes: int) -> None:
-        """The size of the file, where it could only be estimated."""
-        os.ftruncate(self._fd, nbytes)
+    def seal(self, sizes: Sequence[int], beside: Mapping[str, str] | None = None) -> None:
+        """All data and headers are written.
+
+        Args:
+            sizes: of the files, which could only be estimated before.
+            beside: small files that are to stand in the target's folder, by name; they come to be last, in this order.
+        """
+        self._join()
+        for f in self._files:
+            os.fsync(f.fd)
+        inodes = [os.fstat(f.fd).st_ino for f in self._files]
+        self._seal = {"sizes": list(sizes), "inodes": inodes, "beside": dict(beside or {})}
+        pending, self._pending = self._pending, []
+        self._note([*pending, (SEAL, self._seal)])  # before sizes change: a later run would take that for damage
+        self._join()
+        for f, size in zip(self._files, sizes, strict=True):
+            os.ftruncate(f.fd, size)
 
     def finished(self, name: str, nbytes: int, entry: Any) -> None:
         """All of a tensor is written; `entry` is what a later run is to know of it."""
@@ -193,7 +286,9 @@ class Partial:
 
     def _note(self, pending: list[tuple[str, Any]]) -> None:
         try:
-            getattr(os, "fdatasync", os.fsync)(self._fd)
+            for f in self._files:
+                if f.fd >= 0:
+                    getattr(os, "fdatasync", os.fsync)(f.fd)
             if self._lines is not None and self._resumable:
                 self._lines.write("".join(json.dumps(line) + "\n" for line in pending).encode())
                 self._lines.flush()
@@ -210,25 +305,28 @@ class Partial:
             raise err
 
     def commit(self) -> None:
-        """Everything is written: the file takes its name.
+        """Everything is written: the files take their names.
 
         Raises:
-            FileError: a file of this name came to be in the meantime, or somebody replaced the partial file. What was
+            FileError: a file of such a name came to be in the meantime, or somebody replaced a partial file. What was
                 done is kept in the first case.
         """
         self._join()
-        os.fsync(self._fd)
+        for f in self._files:
+            if f.fd >= 0:
+                os.fsync(f.fd)
         self._note(self._pending)  # complete, in case that the name cannot be taken now
         self._pending = []
         self._join()
-        if not self._is_ours():
+        strange = next((f for f in self._files if not f.taken and not f.is_ours()), None)
+        if strange is not None:
             raise FileError(
-                f"{self.path}: another program removed or replaced this file while it was written.\n"
+                f"{strange.path}: another program removed or replaced this file while it was written.\n"
                 "Run the conversion again when no other one writes there."
             )
         self._shut()
         try:
-            self._take_name()
+            self._take_names()
         except OSError as err:
             if not self._resumable:
                 self.discard()
@@ -236,37 +334,51 @@ class Partial:
                 raise
             kept = " What was done is kept for it." if self._resumable else ""
             raise FileError(
-                f"{self.target}: came to be while it was converted, and is as it was.\n"
-                f"Use --overwrite to replace it.{kept}"
+                f"{err.filename2 or err.filename or self.target}: came to be while it was converted, and is as it "
+                f"was.\nUse --overwrite to replace it.{kept}"
             ) from err
         self.discard()
 
-    def _take_name(self) -> None:
+    def _take_names(self) -> None:
+        beside: dict[str, str] = self._seal.get("beside", {})
+        if self._overwrite and not self.taken:  # an old index of new files would be a lie
+            for name in beside:
+                self.target.with_name(name).unlink(missing_ok=True)
+        for f in self._files:
+            if not f.taken:
+                self._take_name(f.path, f.target)
+                f.taken = len(self._files) > 1
+        for name, text in beside.items():
+            path = self.target.with_name(name)
+            new = path.with_name(f"{name}.partial")
+            with open(new, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            self._take_name(new, path)
+            new.unlink(missing_ok=True)
+
+    def _take_name(self, path: Path, target: Path) -> None:
         if self._overwrite:
-            self.path.replace(self.target)
+            path.replace(target)
             return
         try:
-            os.link(self.path, self.target)  # a rename would replace what is there
+            os.link(path, target)  # a rename would replace what is there
         except FileExistsError:
             raise
         except OSError:  # no hard links here
-            if os.path.lexists(self.target):
-                raise FileExistsError(errno.EEXIST, "is there already", str(self.target)) from None
-            self.path.rename(self.target)
-
-    def _is_ours(self) -> bool:
-        """Whether the open file is still the one at its name."""
-        try:
-            return os.path.samestat(os.fstat(self._fd), self.path.lstat())
-        except OSError:
-            return False
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "is there already", str(target)) from None
+            path.rename(target)
 
     def _shut(self) -> None:
         if self._lines is not None:
             with contextlib.suppress(OSError):  # flushed before; a full disk would say so again
                 self._lines.close()
-        os.close(self._fd)
-        self._fd = -1
+        for f in self._files:
+            if f.fd >= 0:
+                os.close(f.fd)
+            f.fd = -1
 
     def close(self, keep: bool) -> None:
         """Stop before the end.
@@ -274,7 +386,8 @@ class Partial:
         Args:
             keep: leave what is there for a later run.
         """
-        if self._fd < 0:
+        opened = [f for f in self._files if f.fd >= 0]
+        if not opened:
             if self._lines is not None and not self._lines.closed:
                 self._lines.close()
                 self.journal.unlink(missing_ok=True)
@@ -285,15 +398,18 @@ class Partial:
             if keep:
                 self._note(self._pending)
                 log.warning("%s: interrupted; the same conversion continues from %s", self.target, self.path.name)
-        ours = self._is_ours()
+        ours = all(f.is_ours() for f in opened)
         self._shut()
         if ours and not keep:
             self.discard()
 
     def discard(self) -> None:
-        """Remove both files; the journal last, since it says whose the other one is."""
-        for path in (self.path, self.journal):
-            path.unlink(missing_ok=True)
+        """Remove what was written; the journal last, since it says whose the others are."""
+        for f in self._files:
+            f.path.unlink(missing_ok=True)
+        for name in self._seal.get("beside", {}):
+            self.target.with_name(f"{name}.partial").unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
 
 
 def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -306,11 +422,30 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return (cast("dict[str, Any]", head), done) if isinstance(head, dict) else ({}, {})
 
 
-def _is_whole(path: Path, total: int) -> bool:
-    try:
-        return path.lstat().st_size == total  # not that of a link, which we never make
-    except OSError:
-        return False
+def _are_whole(files: Iterable[_File], seal: Mapping[str, Any]) -> bool:
+    """Whether all files are there as a journal says; marks those that have their names already."""
+    sizes, inodes = seal.get("sizes", []), seal.get("inodes", [])
+    for i, f in enumerate(files):
+        ends = {f.total, sizes[i]} if i < len(sizes) else {f.total}
+        with contextlib.suppress(OSError):
+            found = f.target.lstat()
+            f.taken = i < len(inodes) and (found.st_ino, found.st_size) == (inodes[i], sizes[i])
+        if f.taken:
+            continue
+        try:
+            if f.path.lstat().st_size not in ends:  # not that of a link, which we never make
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _discard_other(target: Path, was: Mapping[str, Any]) -> None:
+    """Remove the files of another conversion of this name, which may have had others than this one."""
+    names: list[Any] = was.get("files", [])
+    for name in names:
+        if isinstance(name, str) and Path(name).name == name:
+            target.with_name(f"{name}.partial").unlink(missing_ok=True)
 
 
 def _difference(was: Mapping[str, Any], head: Mapping[str, Any]) -> str:
@@ -329,19 +464,28 @@ def _obstacle(was: Mapping[str, Any], head: Mapping[str, Any], resumable: bool, 
     return _difference(was, head) or ("" if whole and was == head else "what it left is damaged")
 
 
-def remains(target: Path, total: int, head: Mapping[str, Any], resumable: bool, restart: bool) -> str:
+def remains(
+    target: Path,
+    total: int,
+    head: Mapping[str, Any],
+    resumable: bool,
+    restart: bool,
+    parts: Sequence[tuple[Path, int]] = (),
+) -> str:
     """What a conversion would do with what an interrupted one left, for a dry run; empty where nothing is there."""
     path = target.with_name(f"{target.name}.partial")
     try:
-        raw = path.with_name(f"{path.name}.jsonl").read_bytes()
+        raw = journal_of(target).read_bytes()
     except OSError:
         return ""
     if not raw.startswith(MARK):
         return ""
     was, done = _parse(raw[: raw.rfind(b"\n") + 1])
+    seal = done.pop(SEAL, {})
     head = {"journal": 1, **head}
+    files = [_File(p, p.with_name(f"{p.name}.partial"), n) for p, n in parts or [(target, total)]]
     there = f"{path.name} is there, of an interrupted conversion with {len(done)} tensors done"
-    why = _obstacle(was, head, resumable, _is_whole(path, total), restart)
+    why = _obstacle(was, head, resumable, _are_whole(files, seal), restart)
     if not why:
         return f"{there}: it would continue"
     if done and not restart and (other := _difference(was, head)):
@@ -356,28 +500,51 @@ def _not_ours(path: Path, target: Path) -> FileError:
     )
 
 
+def journal_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial.jsonl")
+
+
 def lock_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial.lock")
 
 
-def refuse_names(target: Path, inputs: Iterable[Path]) -> None:
+def refuse_names(target: Path, inputs: Iterable[Path], parts: Iterable[Path] = ()) -> None:
     """Refuse names that are taken.
 
+    Args:
+        parts: the files of a conversion into several.
     Raises:
         FileError: the target, or a name that it is written through, is a file that is read; or the lock is not ours.
     """
     given = list(inputs)
     lock = lock_of(target)
-    for ending in ("", ".partial", ".partial.jsonl", ".partial.lock"):
-        path = target.with_name(f"{target.name}{ending}")
+    names = [(target, ending) for ending in ("", ".partial", ".partial.jsonl", ".partial.lock")]
+    names += [(part, ending) for part in parts for ending in ("", ".partial")]
+    for named, ending in names:
+        path = named.with_name(f"{named.name}{ending}")
         for file in given:
             with contextlib.suppress(OSError):
                 if path.samefile(file):
-                    through = f", and {target.name} is written through this name" if ending else ""
+                    through = f", and {named.name} is written through this name" if ending else ""
                     raise FileError(f"'{path}' is read by this conversion{through}.\nGive the new file another name.")
     with contextlib.suppress(OSError):
         if lock.lstat().st_size or not lock.is_file():  # a lock of ours is empty
             raise _not_ours(lock, target)
+
+
+def refuse_existing(target: Path, written: Iterable[Path]) -> None:
+    """Refuse files that are there already, unless an earlier run of ours was killed while they took their names.
+
+    Raises:
+        FileError: names the first one.
+    """
+    ours: list[int] = []
+    with contextlib.suppress(OSError):
+        raw = journal_of(target).read_bytes()
+        ours = _parse(raw[: raw.rfind(b"\n") + 1])[1].get(SEAL, {}).get("inodes", [])
+    for path in written:
+        if os.path.lexists(path) and path.lstat().st_ino not in ours:
+            raise FileError(f"{path}: is there already.\nUse --overwrite to replace it, or give another name.")
 
 
 @contextlib.contextmanager
@@ -389,6 +556,9 @@ def partial(
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
     restart: bool = False,
+    resume: bool = False,
+    parts: Sequence[tuple[Path, int]] = (),
+    beside: Iterable[str] = (),
 ) -> Generator[Partial]:
     """Write `target` inside the block; it takes its name at the end of it.
 
@@ -402,6 +572,10 @@ def partial(
         overwrite: replace a target that is there.
         inputs: files that are read meanwhile, and must not be at a name that is written.
         restart: throw away what an interrupted conversion left.
+        resume: refuse to begin anew.
+        parts: files and their sizes that are written in place of `target`, which then is only what they go by; all in
+            its folder.
+        beside: names of the small files that `Partial.seal` will be given.
     Raises:
         FileError: it cannot be written, is there already, or somebody else is writing it; `target` is as it was.
     """
@@ -409,13 +583,16 @@ def partial(
     def waiting() -> None:
         raise FileError(f"{target}: another conversion is writing this file.\nWait until it is done.")
 
-    refuse_names(target, inputs)
+    refuse_names(target, inputs, [path for path, _ in parts])
+    if parts:
+        head = {**head, "files": [path.name for path, _ in parts]}
+    written = [*([path for path, _ in parts] or [target]), *(target.with_name(name) for name in beside)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock_of(target), waiting) as alone:
-            if not overwrite and os.path.lexists(target):
-                raise FileError(f"{target}: is there already.\nUse --overwrite to replace it, or give another name.")
-            opened = Partial(target, total, head, resumable, overwrite, restart, alone)
+            if not overwrite:
+                refuse_existing(target, written)
+            opened = Partial(target, total, head, resumable, overwrite, restart, alone, resume, parts)
             try:
                 yield opened
                 opened.commit()

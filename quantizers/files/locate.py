@@ -5,16 +5,19 @@ Nothing but the first bytes of a file and the JSON of an index is read here.
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, cast
 
 from ..errors import FileError, near
 from ..ggml_types import MAGIC
+from .bounded_json import loads
+from .regular import open_regular
 
 ZIP_MAGIC = b"PK"
 PICKLE_MAGIC = b"\x80"  # then the protocol number, 2 to 5
@@ -24,6 +27,7 @@ INDEX_NAME = re.compile(r"\.index(\.\w+)?\.json$")  # one of pickles, or of a va
 PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
 ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)  # pathlib makes one slash of two
 HEAD_NBYTES = 64
+INDEX_NBYTES = 1 << 26  # those of the largest models have 10 MB
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Where diffusers and transformers put the weights of one component.
 _NAMES = ("diffusion_pytorch_model", "model")
@@ -64,17 +68,24 @@ def locate(path: Path) -> Located:
     Raises:
         FileError: missing, of another kind, one of several parts, or an index that is wrong.
     """
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r}: cannot be read: a path has no NUL character.")
+    try:
+        return _located(path)
+    except OSError as err:
+        todo = "\nIt is a link that leads back to itself: delete it." if err.errno == errno.ELOOP else ""
+        raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}{todo}") from err
+
+
+def _located(path: Path) -> Located:
     if ADDRESS.match(str(path)) and not path.exists():
         raise FileError(f"'{path}' is an address, and only files are read here.\nDownload the file first.")
     if path.is_dir():
         return _in_folder(path)
     if INDEX_NAME.search(path.name):
         return _indexed(path, path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEAD_NBYTES)
-    except OSError as err:
-        raise FileError(f"{path}: cannot be read: {err.strerror}.{_similar(path)}") from err
+    with open_regular(path) as file:
+        head = file.read(HEAD_NBYTES)
     if head[:4] == MAGIC:
         return Located(path, Container.GGUF, (path,))
     if is_pickle(head):
@@ -175,23 +186,54 @@ def _indexed(path: Path, index: Path, folder: Path | None = None) -> Located:
     Args:
         path: what the user gave.
     """
-    try:
-        data: Any = json.loads(index.read_text(encoding="utf-8"))
-        where = {str(tensor): str(file) for tensor, file in data["weight_map"].items()}
-    except OSError as err:
-        raise FileError(f"{index}: cannot be read: {err.strerror}.") from err
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise FileError(f"{index.name}: not an index of safetensors files (no 'weight_map').") from err
+    where = _weight_map(index)
     names = sorted(set(where.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise FileError(f"{index.name}: names the file {name!r}, which is not beside it.")
-        if Path(name).suffix in PICKLES:
-            raise pickled(name)
-        if not (index.parent / name).is_file():
-            raise FileError(f"{index.name}: the file '{name}' is missing.\nDownload it again.")
-    files = tuple(index.parent / name for name in names)
+    files = tuple(_part(index, name) for name in names)
+    held: dict[tuple[int, int], Path] = {}
+    for file in files:
+        stat = file.stat()
+        other = held.setdefault((stat.st_dev, stat.st_ino), file)
+        if other is not file:
+            raise FileError(
+                f"{index.name}: '{other.name}' and '{file.name}' are one file under two names.\nDownload both again."
+            )
     return Located(path, Container.SHARDED, files, folder or index.parent, index, where)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    none = f"{index.name}: not an index of safetensors files"
+    with open_regular(index) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > INDEX_NBYTES:
+            raise FileError(f"{none}: {size} bytes, expected at most {INDEX_NBYTES}.")
+        try:
+            data: Any = loads(file.read(INDEX_NBYTES))
+            where = cast("dict[str, object]", data["weight_map"]).items()
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            why = str(err) if isinstance(err, ValueError) else "no 'weight_map'"
+            raise FileError(f"{none} ({why}).") from err
+    found = {tensor: file for tensor, file in where if isinstance(file, str)}
+    if len(found) != len(where):
+        raise FileError(f"{none}: its 'weight_map' does not map tensors to names of files.")
+    return found
+
+
+def _part(index: Path, name: str) -> Path:
+    """A file that an index names.
+
+    Only names are taken, no paths: an index comes from somebody else. What a name links to may be anywhere, as in the
+    cache of huggingface_hub, since only who owns the folder can make a link.
+    """
+    plain = Path(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..") and name.isprintable()
+    if not plain:
+        raise FileError(f"{index.name}: names the file {name[:200]!r}, which is not beside it.")
+    if Path(name).suffix in PICKLES:
+        raise pickled(name)
+    file = index.parent / name
+    if not file.is_file():
+        what = "is a link to nothing, or not a file" if os.path.lexists(file) else "is missing"
+        raise FileError(f"{index.name}: the file '{name}' {what}.\nDownload it again.")
+    return file
 
 
 def refuse_missing(located: Located, found: Mapping[str, Any]) -> None:

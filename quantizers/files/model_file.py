@@ -6,7 +6,6 @@ No tensor is read before it is asked for; then each one is a map of its own, whi
 from __future__ import annotations
 
 import functools
-import json
 import math
 import mmap
 import os
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import FileError
 from ..ggml_types import TYPES
+from .bounded_json import loads
 from .file_state import check_unchanged, file_state
 from .locate import Container, Located, locate, refuse_missing
-from .safetensors_header import read_safetensors_header
+from .regular import open_regular
+from .safetensors_header import Header, parse, read_safetensors_header
 
 if TYPE_CHECKING:  # looking at a header does not need torch, whose import takes a second
     import torch
@@ -41,6 +42,8 @@ class Entry:
         file: where its bytes are.
         start: first byte within that file.
         nbytes: how many.
+        stored: the shape that the header gives, where the file records another one for the tensor beside it, as GGUF
+            files do for weights whose rows are no whole blocks; else empty.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Entry:
     file: Path
     start: int
     nbytes: int
+    stored: tuple[int, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -108,7 +112,8 @@ class ModelFile:
         if entry.nbytes > SMALL_NBYTES:
             raise FileError(f"{entry.file.name}: '{name}' has {entry.nbytes} bytes, expected at most {SMALL_NBYTES}.")
         try:
-            with open(entry.file, "rb") as file:
+            # Without a buffer: a file has hundreds of these, far apart, and a buffer would read 8 KiB for each.
+            with open(entry.file, "rb", buffering=0) as file:
                 file.seek(entry.start)
                 data = file.read(entry.nbytes)
         except OSError as err:
@@ -124,8 +129,8 @@ class ModelFile:
             FileError: it does not.
         """
         try:
-            value: object = json.loads(self.small(name).decode())
-        except (ValueError, RecursionError) as err:
+            value: object = loads(self.small(name))
+        except ValueError as err:
             raise FileError(f"{self.path.name}: '{name}' does not hold JSON.") from err
         if not isinstance(value, dict):
             raise FileError(f"{self.path.name}: '{name}' does not hold a JSON object.")
@@ -157,7 +162,9 @@ class ModelFile:
                 data = mmap.mmap(file.fileno(), e.start + e.nbytes - page, access=mmap.ACCESS_COPY, offset=page)
         except (OSError, ValueError) as err:
             raise FileError(f"{e.file}: cannot be read: {err}.") from err
-        raw = cast(Tensor, cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=e.nbytes, offset=e.start - page))
+        raw = cast(
+            "Tensor", cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=e.nbytes, offset=e.start - page)
+        )
         if e.start % dtype.itemsize:
             raw = raw.clone()  # vector loads of some processors need aligned addresses
         return raw.view(dtype).reshape(shape)
@@ -186,8 +193,12 @@ def open_model(path: Path) -> ModelFile:
         FileError: what `locate` refuses; damaged; parts that do not go together.
     """
     located = locate(path)
-    if located.container is Container.GGUF:
-        return _open_gguf(located)
+    return _open_gguf(located) if located.container is Container.GGUF else open_safetensors(located)
+
+
+def open_safetensors(located: Located) -> ModelFile:
+    """Open the safetensors files of a model, which may not have their names yet."""
+    path = located.path
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     state: dict[Path, dict[str, int]] = {}
@@ -206,6 +217,31 @@ def open_model(path: Path) -> ModelFile:
     return ModelFile(located, entries, metadata, _configs(located.folder), state)
 
 
+def open_damaged(path: Path) -> tuple[ModelFile, tuple[Header, ...]]:
+    """Open a model whose headers may be damaged, for the doctor: the tensors that are readable.
+
+    Returns:
+        the model, with the first tensor of each name; the headers of safetensors files, with their faults.
+    Raises:
+        FileError: what `locate` refuses; nothing readable; of GGUF whatever is wrong.
+    """
+    located = locate(path)
+    if located.container is Container.GGUF:
+        return _open_gguf(located), ()
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    state = {file: file_state(file) for file in located.files}
+    headers = tuple(map(parse, located.files))
+    for file, header in zip(located.files, headers, strict=True):
+        metadata = (header.metadata or {}) | metadata
+        for name, e in header.entries.items():
+            start, end = e["data_offsets"]
+            entries.setdefault(
+                name, Entry(name, e["dtype"], tuple(e["shape"]), file, header.data_start + start, end - start)
+            )
+    return ModelFile(located, entries, metadata, _configs(located.folder), state), headers
+
+
 def _data_start(path: Path) -> int:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -213,15 +249,18 @@ def _data_start(path: Path) -> int:
 
 
 def _open_gguf(located: Located) -> ModelFile:
-    from .gguf_parts import read_gguf_parts  # imports numpy, which takes as long as all of the rest
+    from .gguf_parts import orig_shape, read_gguf_parts
 
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     state: dict[Path, dict[str, int]] = {}
-    for part in read_gguf_parts(located.path):
+    parts = read_gguf_parts(located.path)
+    for part in parts:
         state[part.path] = file_state(part.path)
         for t in part.header.tensors:
-            entries[t.name] = Entry(t.name, t.kind, t.shape, part.path, t.start, t.nbytes)
+            shape = orig_shape(part.path, parts[0].header, t)
+            stored = t.shape if shape != t.shape else ()
+            entries[t.name] = Entry(t.name, t.kind, shape, part.path, t.start, t.nbytes, stored)
         for key, value in part.header.metadata.items():
             if isinstance(value, str):
                 metadata.setdefault(key, value)
@@ -234,10 +273,10 @@ def _configs(folder: Path | None) -> dict[str, Mapping[str, Any]]:
     for name in CONFIGS if folder is not None else ():
         path = cast(Path, folder) / name
         try:
-            if path.stat().st_size > CONFIG_NBYTES:
-                continue
-            value: object = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            with open_regular(path) as file:
+                raw = file.read(CONFIG_NBYTES + 1)
+            value: object = loads(raw) if len(raw) <= CONFIG_NBYTES else None
+        except (OSError, ValueError, FileError):
             continue
         if isinstance(value, dict):
             found[name] = cast("dict[str, Any]", value)

@@ -1,81 +1,188 @@
 """Parse and check the header of a safetensors file; no tensor is read.
 
 Layout: 8 bytes little-endian header length, JSON header, data (format specification in the README of
-huggingface/safetensors). The checks are the library's own, with messages that name the file and the tensor.
+huggingface/safetensors). The checks are the library's own, with messages that name the file and the tensor, and some
+more: sizes and names that no tensor can have, and objects with a key twice, of which the library takes one in silence.
+
+`parse` collects what is wrong and keeps the tensors that are not concerned, for the doctor; everything else reads
+through `read_safetensors_header`, which refuses at the first fault.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import re
+import reprlib
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 from ..errors import FileError
+from .bounded_json import loads
+from .faults import Fault
+from .regular import open_regular
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_NUMEL = (1 << 63) - 1
+MAX_DIMENSIONS = 64  # torch's iterators have no more
+MAX_NAME = 1024  # characters; the longest names of models have 150
+MAX_FAULTS = 1000
+MAX_SHOWN = 400  # characters of a value in a message
 # Bits a value, as of safetensors 0.8.
 DTYPE_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64},
     **{"C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
+METADATA = "__metadata__"
+CORRUPT = "corrupt safetensors header"
+# Control characters end lines and strings of whoever prints a name; half a surrogate pair cannot be printed at all.
+_BAD_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlevel, _SHORT.maxlong = 120, 8, 4, 3, 60
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is readable of a header.
+
+    Attributes:
+        size: of the file.
+        data_start: where the data begins, to which the offsets of entries are relative.
+        entries: name -> `dtype`, `shape` and `data_offsets`, each checked in itself; they may overlap, or lie beyond
+            the end of the file.
+        metadata: strings; None where the file has none at all.
+        raw_metadata: as it stands, where it is not strings alone.
+        faults: what is wrong; without one, the file is as the format wants it.
+    """
+
+    size: int
+    data_start: int
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str] | None
+    raw_metadata: Any
+    faults: tuple[Fault, ...]
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header, checked in itself and against the size of the file.
 
     Raises:
-        FileError: missing, not a safetensors file, truncated or corrupt.
+        FileError: missing, no regular file, not a safetensors file, truncated or corrupt.
+    """
+    header = parse(path)
+    fatal = next((fault for fault in header.faults if fault.fatal), None)
+    if fatal is not None:
+        raise FileError(f"{path.name}: {fatal.text}")
+    return header.entries if header.metadata is None else {METADATA: header.metadata, **header.entries}
+
+
+def parse(path: Path) -> Header:
+    """All of a header that is readable, and everything that is wrong with it.
+
+    Takes at most 256 MiB of memory, whatever the file holds.
+
+    Raises:
+        FileError: nothing of it is readable.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(8)
-            if len(head) < 8:
-                raise FileError(f"{path.name}: {size} bytes are too few for a safetensors file.")
-            (length,) = struct.unpack("<Q", head)
-            if not 2 <= length <= MAX_HEADER_NBYTES:
-                raise FileError(f"{path.name}: not a safetensors file (its header would have {length} bytes).")
-            if 8 + length > size:
-                raise FileError(f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}.")
-            raw = file.read(length)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _length(path, file, size)
+            found, faults = _loaded(path, file, length)
     except OSError as err:
         raise FileError(f"{path}: cannot be read: {err.strerror}.") from err
-    corrupt = f"{path.name}: corrupt safetensors header"
+    if not isinstance(found, dict):
+        raise FileError(f"{path.name}: {CORRUPT}: a {type(found).__name__}, expected an object.")
+    entries = cast("dict[str, Any]", found)
+    there = METADATA in entries
+    given: Any = entries.pop(METADATA, None)
+    for name in list(entries):
+        fault = _entry_fault(name, entries[name])
+        if fault is not None:
+            if len(faults) < MAX_FAULTS:
+                faults.append(fault)
+            if fault.fatal:
+                del entries[name]
+    metadata, fault = _metadata(given) if there else (None, None)
+    if fault is not None:
+        faults.append(fault)
+    faults.extend(_span_faults(entries, size - 8 - length))
+    return Header(size, 8 + length, entries, metadata, given if fault is not None else None, tuple(faults))
+
+
+def _length(path: Path, file: BinaryIO, size: int) -> int:
+    head = file.read(8)
+    if len(head) < 8:
+        raise FileError(f"{path.name}: {size} bytes are too few for a safetensors file.")
+    (length,) = struct.unpack("<Q", head)
+    if not 2 <= length <= MAX_HEADER_NBYTES:
+        raise FileError(f"{path.name}: not a safetensors file (its header would have {length} bytes).")
+    if 8 + length > size:
+        raise FileError(f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}.")
+    return length
+
+
+def _loaded(path: Path, file: BinaryIO, length: int) -> tuple[object, list[Fault]]:
+    """The JSON, and which keys stand twice in it."""
+    faults: list[Fault] = []
+
+    def twice(key: str) -> None:
+        if len(faults) < MAX_FAULTS:
+            faults.append(Fault("header-duplicate", key, f"{CORRUPT}: {shown(key)} stands twice in an object."))
+
     try:
-        header: object = json.loads(raw)
-    except (ValueError, RecursionError) as err:
-        raise FileError(f"{corrupt}: not JSON.") from err
-    if not isinstance(header, dict):
-        raise FileError(f"{corrupt}: a {type(header).__name__}, expected an object.")
-    entries = cast("dict[str, Any]", header)
-    spans = [_span(corrupt, name, entry) for name, entry in entries.items() if name != "__metadata__"]
-    _check_metadata(corrupt, entries.get("__metadata__", {}))
-    _check_spans(path.name, corrupt, sorted(spans), size - 8 - length)
-    return entries
+        return loads(file.read(length), duplicate=twice), faults  # a file that became shorter ends in the middle
+    except ValueError as err:
+        raise FileError(f"{path.name}: {CORRUPT}: {_why(err)}.") from err
 
 
-def _span(corrupt: str, name: str, entry: Any) -> tuple[int, int, str]:
-    """(first byte, byte after the last, name) of a tensor."""
+def _why(err: ValueError) -> str:
+    text = str(err)
+    return text if text.startswith("JSON of") else f"not JSON ({text.removeprefix('not JSON (').removesuffix(')')})"
+
+
+def shown(value: object) -> str:
+    """A value from a file in a message, cut where it is long."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _entry_fault(name: str, entry: Any) -> Fault | None:
+    """What is wrong with a tensor's entry in itself."""
+
+    def fault(code: str, text: str, fatal: bool = True) -> Fault:
+        return Fault(f"header-{code}", name, f"{CORRUPT}: {shown(name)} {text}.", fatal=fatal)
+
+    if len(name) > MAX_NAME:
+        return fault("name", f"is a name of {len(name)} characters, expected at most {MAX_NAME}")
+    if _BAD_CHARACTER.search(name):
+        return fault("name", "has a control character in its name")
     if not isinstance(entry, dict):
-        raise FileError(f"{corrupt}: {name!r} is not an object.")
+        return fault("entry", "is not an object")
     fields = cast("dict[str, Any]", entry)
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FileError(f"{corrupt}: {name!r} has the unknown dtype {dtype!r}.")
+        return fault("dtype", f"has the unknown dtype {shown(dtype)}")
     if not _are_sizes(shape):
-        raise FileError(f"{corrupt}: {name!r} has the shape {shape!r}.")
+        return fault("shape", f"has the shape {shown(shape)}")
+    if len(shape) > MAX_DIMENSIONS:
+        return fault("shape", f"has {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FileError(f"{corrupt}: {name!r} has the offsets {offsets!r}.")
+        return fault("offsets", f"has the offsets {shown(offsets)}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise FileError(
-            f"{corrupt}: {name!r} with shape {shape} and dtype {dtype} needs {bits // 8} bytes, "
-            f"its offsets hold {offsets[1] - offsets[0]}."
-        )
-    return offsets[0], offsets[1], name
+        held = offsets[1] - offsets[0]
+        text = f"with shape {shown(shape)} and dtype {dtype} needs {bits // 8} bytes, its offsets hold {held}"
+        return fault("size", text)
+    if math.prod(n or 1 for n in shape) > MAX_NUMEL:
+        return fault("shape", f"has the shape {shown(shape)}, which is beyond 2**63 values")
+    if ".." in re.split(r"[/\\]", name) or name.startswith("/"):
+        return fault("path", "looks like a path; names are never used as paths here", fatal=False)
+    return None
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
@@ -83,20 +190,26 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in cast("list[Any]", value))
 
 
-def _check_metadata(corrupt: str, metadata: Any) -> None:
-    items = cast("dict[str, Any]", metadata).values() if isinstance(metadata, dict) else [None]
-    if not all(isinstance(value, str) for value in items):
-        raise FileError(f"{corrupt}: __metadata__ does not map strings to strings.")
+def _metadata(given: Any) -> tuple[dict[str, str], Fault | None]:
+    items = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+    strings = {key: value for key, value in items.items() if isinstance(value, str)}
+    if isinstance(given, dict) and len(strings) == len(items):
+        return strings, None
+    return strings, Fault("header-metadata", "", f"{CORRUPT}: {METADATA} does not map strings to strings.")
 
 
-def _check_spans(file: str, corrupt: str, spans: list[tuple[int, int, str]], data_nbytes: int) -> None:
+def _span_faults(entries: dict[str, dict[str, Any]], data_nbytes: int) -> Iterator[Fault]:
     """The data is covered without holes or overlaps, to the last byte."""
-    at = 0
+    at, said = 0, 0
+    spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
     for start, end, name in spans:
-        if start != at:
-            raise FileError(f"{corrupt}: {name!r} begins at {start}, the tensor before it ends at {at}.")
-        at = end
+        if start != at and said < MAX_FAULTS:
+            code, said = "header-hole" if start > at else "header-overlap", said + 1
+            yield Fault(code, name, f"{CORRUPT}: {shown(name)} begins at {start}, the tensor before it ends at {at}.")
+        at = max(at, end)
     if at > data_nbytes:
-        raise FileError(f"{file}: truncated: the tensors need {at} bytes, {data_nbytes} are there.\nDownload it again.")
+        text = f"truncated: the tensors need {at} bytes, {data_nbytes} are there.\nDownload it again."
+        first = next(name for _, end, name in spans if end > data_nbytes)
+        yield Fault("header-truncated", first, text)
     if at < data_nbytes:
-        raise FileError(f"{file}: corrupt: {data_nbytes - at} bytes follow the last tensor.")
+        yield Fault("header-trailing", "", f"corrupt: {data_nbytes - at} bytes follow the last tensor.")

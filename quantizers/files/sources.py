@@ -1,12 +1,14 @@
 """Where a conversion reads from: safetensors files, GGUF files or tensors in memory, one tensor mapped at a time.
 
-Every tensor is seen as a matrix of stored rows: floating-point values, or the blocks of a GGUF type as bytes. Layouts
+Every tensor is seen as a matrix of stored rows: floating-point values, the blocks of a GGUF type as bytes, or rows of a
+quantized layer. Layouts
 differ by rows only (see `layouts/target.py`), so rows are what a target is put together from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,16 +23,20 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, WeightError
-from ..ggml_types import TYPES, format_id
+from ..ggml_types import TYPES, format_id, type_name
 from ..registry import get_quantizer
 from ..weight import QuantizedWeight, TensorMeta
 from .checkpoint import PLAIN_GGUF
 from .file_state import check_unchanged, file_state
-from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from .gguf_header import GgufHeader, GgufTensor
 from .gguf_kind import kind_of, refuse_for_conversion
 from .gguf_layout import ORIG_SHAPE
+from .gguf_parts import read_gguf_parts
+from .layer_rows import LayerRows
 from .layouts.target import Piece, Target, apply
-from .locate import Container, locate, refuse_missing
+from .locate import Container, locate
+from .model_file import open_model
+from .rows import cat_rows, take_rows
 from .stream import TensorFile
 
 # 8-bit values without scales, and what safetensors calls them; bfloat16 holds each of them exactly.
@@ -42,14 +48,17 @@ class Stored:
     """One tensor of a source.
 
     Attributes:
-        rows: (R, C) float values, or (R, bytes a row) uint8 blocks of `kind`; may be a map of the file.
-        kind: ggml type of blocks; empty for plain values.
+        rows: (R, C) float values, or (R, bytes a row) uint8 blocks of `kind`, which may be a map of the file; of a
+            quantized layer (R, 1) int64, the numbers of its rows.
+        kind: ggml type of blocks; else empty.
         columns: values a row.
+        layer: the quantized layer, in any other format.
     """
 
     rows: Tensor
     kind: str
     columns: int
+    layer: LayerRows | None = None
 
 
 class Source(Protocol):
@@ -67,7 +76,12 @@ class Source(Protocol):
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """Name -> type of the tensors that are quantized: ggml's, in blocks, or one of `FLOAT8`."""
+        """Name -> type of the tensors that are quantized: ggml's, in blocks, one of `FLOAT8`, or a format id."""
+        ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Name -> bytes of what is stored, where shape and type do not tell."""
         ...
 
     @property
@@ -99,16 +113,18 @@ def open_source(path: Path) -> Source:
     """A source by the content of a file: safetensors, a `*.safetensors.index.json`, a diffusers folder, or GGUF.
 
     Raises:
-        FileError: missing, of another kind, damaged, already quantized, or one of several parts.
+        FileError: missing, of another kind, damaged, quantized in a way that cannot be read, or one of several parts.
+        BackendUnavailable: quantized, and a library that reading needs is missing.
     """
-    located = locate(path)
-    if located.container is Container.GGUF:
+    if locate(path).container is Container.GGUF:
         gguf = GgufSource(path)
         refuse_for_conversion(path, kind_of(gguf.strings, gguf.metas))
         return gguf
-    source = SafetensorsSource(path, located.files)
-    refuse_missing(located, source.metas)
-    return source
+    from .quantized_source import open_quantized
+    from .schemes.scan import scan
+
+    file = open_model(path)
+    return open_quantized(file, scan(file))
 
 
 class SafetensorsSource:
@@ -118,6 +134,7 @@ class SafetensorsSource:
         self.label = path.name
         self.files = list(files)
         self.kinds: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
         self._parts = [TensorFile(file) for file in files]
         self._where: dict[str, TensorFile] = {}
         self.strings: dict[str, str] = {}
@@ -145,24 +162,37 @@ class SafetensorsSource:
 
 
 class MemorySource:
-    """Tensors that are in memory already."""
+    """Tensors that are in memory already.
 
-    def __init__(self, label: str, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
+    Args:
+        blocks: GGUF weights may be among them, which are taken as they are.
+    """
+
+    def __init__(self, label: str, tensors: Mapping[str, Tensor | QuantizedWeight], blocks: bool = False) -> None:
         self.label = label
         self.files: list[Path] = []
         self.strings: dict[str, str] = {}
-        self.kinds: Mapping[str, str] = {}
+        self.kinds: dict[str, str] = {}
+        self.sizes: Mapping[str, int] = {}
+        self.metas: dict[str, TensorMeta] = {}
         self._tensors: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if isinstance(tensor, QuantizedWeight):
-                raise WeightError(
-                    f"'{name}': already quantized ({tensor.format_id}).\nConvert the full-precision file."
-                )
-            self._tensors[name] = tensor
-        self.metas = {n: TensorMeta(n, tuple(t.shape), t.dtype) for n, t in self._tensors.items()}
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                self._tensors[name] = value
+                self.metas[name] = TensorMeta(name, tuple(value.shape), value.dtype)
+                continue
+            if not blocks or not value.format_id.startswith("gguf-"):
+                raise WeightError(f"'{name}': already quantized ({value.format_id}).\nConvert the full-precision file.")
+            if value.tensors["qdata"].shape[:1] != value.orig_shape[:1]:
+                raise WeightError(f"'{name}': the blocks of {value.format_id} run across rows, {value.orig_shape}.")
+            self._tensors[name] = value.tensors["qdata"].reshape(value.orig_shape[0], -1)
+            self.kinds[name] = type_name(value.format_id)
+            self.metas[name] = TensorMeta(name, value.orig_shape, value.orig_dtype)
 
     def open(self, name: str) -> Stored:
-        return plain(self._tensors[name].detach().cpu())
+        tensor = self._tensors[name].detach().cpu()
+        kind = self.kinds.get(name, "")
+        return Stored(tensor, kind, math.prod(self.metas[name].shape[1:])) if kind else plain(tensor)
 
     def identity(self) -> list[dict[str, Any]]:
         return []
@@ -172,40 +202,52 @@ class MemorySource:
 
 
 class GgufSource:
-    """A GGUF file: plain tensors, and blocks as they are."""
+    """A GGUF file, or all parts of one: plain tensors, and blocks as they are.
+
+    Attributes:
+        path: of the first part, which has the model's keys.
+        header: its own, with the tensors of all parts.
+    """
 
     def __init__(self, path: Path) -> None:
         self.label = path.name
-        self.path = path
-        self.files = [path]
-        self.state = file_state(path)
-        self.header: GgufHeader = read_gguf_header(path)
-        self._tensors = {t.name: t for t in self.header.tensors}
-        self.kinds = {t.name: t.kind for t in self.header.tensors if t.kind in TYPES}
+        before = file_state(path)
+        parts = read_gguf_parts(path)
+        self.path = parts[0].path
+        self.files = [part.path for part in parts]
+        self.state = {p: before if p == path else file_state(p) for p in self.files}
+        tensors = tuple(t for part in parts for t in part.header.tensors)
+        self.header: GgufHeader = dataclasses.replace(parts[0].header, tensors=tensors)
+        self._parts = {part.path: part.header.tensors for part in parts}
+        self._paths = {t.name: path for path, tensors in self._parts.items() for t in tensors}
+        self._shapes = {k: v for part in parts for k, v in part.header.arrays.items() if k.startswith(ORIG_SHAPE)}
+        self._tensors = {t.name: t for t in tensors}
+        self.kinds = {t.name: t.kind for t in tensors if t.kind in TYPES}
+        self.sizes: dict[str, int] = {}
         self.strings = {k: v for k, v in self.header.metadata.items() if isinstance(v, str)}
         self.metas: dict[str, TensorMeta] = {}
-        for t in self.header.tensors:
+        for t in tensors:
             if t.kind not in TYPES and t.kind not in PLAIN_GGUF:
                 raise FileError(f"{path.name}: {t.name!r} has GGUF type {t.kind}, which cannot be read here.")
             # What blocks were made from is not written in the file; bfloat16 is what most models come in.
             self.metas[t.name] = TensorMeta(t.name, self._shape(t), PLAIN_GGUF.get(t.kind, torch.bfloat16))
 
     def _shape(self, t: GgufTensor) -> tuple[int, ...]:
-        given = self.header.arrays.get(ORIG_SHAPE + t.name)
+        given = self._shapes.get(ORIG_SHAPE + t.name)
         shape = t.shape if given is None else tuple(int(n) for n in given)
         if math.prod(shape) != math.prod(t.shape):
             raise FileError(f"{self.path.name}: {t.name!r} has shape {t.shape}, but {ORIG_SHAPE}* says {shape}.")
         return shape
 
     def open(self, name: str) -> Stored:
-        t = self._tensors[name]
+        t, path = self._tensors[name], self._paths[name]
         shape = self.metas[name].shape
         page = t.start - t.start % mmap.ALLOCATIONGRANULARITY
         try:
-            with open(self.path, "rb") as file:
+            with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), max(1, t.start + t.nbytes - page), access=mmap.ACCESS_COPY, offset=page)
         except (OSError, ValueError) as err:
-            raise FileError(f"{self.path}: cannot be read: {err}.") from err
+            raise FileError(f"{path}: cannot be read: {err}.") from err
         raw = cast(Any, torch).frombuffer(data, dtype=torch.uint8, count=t.nbytes, offset=t.start - page)
         if t.kind not in TYPES:
             dtype = PLAIN_GGUF[t.kind]
@@ -218,11 +260,15 @@ class GgufSource:
         return Stored(raw.reshape(rows, -1), t.kind, columns)
 
     def identity(self) -> list[dict[str, Any]]:
-        names = json.dumps([(t.name, t.kind, t.shape, t.start) for t in self.header.tensors]).encode()
-        return [{"file": self.path.name, **self.state, "header": hashlib.sha256(names).hexdigest()}]
+        found: list[dict[str, Any]] = []
+        for path, tensors in self._parts.items():
+            names = json.dumps([(t.name, t.kind, t.shape, t.start) for t in tensors]).encode()
+            found.append({"file": path.name, **self.state[path], "header": hashlib.sha256(names).hexdigest()})
+        return found
 
     def check_unchanged(self) -> None:
-        check_unchanged(self.path, self.state)
+        for path, state in self.state.items():
+            check_unchanged(path, state)
 
 
 def plain(tensor: Tensor) -> Stored:
@@ -239,7 +285,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def decode(stored: Stored, rows: Tensor) -> Tensor:
-    """Rows of a stored tensor as values: plain ones as they are, 8-bit floats as bfloat16, blocks as float32."""
+    """Rows of a stored tensor as values: plain ones as they are, 8-bit floats as bfloat16, others as float32."""
+    if stored.layer is not None:
+        return stored.layer.values(rows[:, 0])
     if not stored.kind:
         return rows.to(torch.bfloat16) if rows.dtype in FLOAT8 else rows
     kind = format_id(stored.kind)
@@ -264,6 +312,7 @@ class Assembled:
 
     def __init__(self, target: Target, open_: Callable[[str], Stored]) -> None:
         opened: dict[str, Stored] = {}
+        self._target = target
         self._segments: list[Segment] = []
         for piece in target.pieces:
             stored = opened.get(piece.source) or opened.setdefault(piece.source, open_(piece.source))
@@ -274,6 +323,26 @@ class Assembled:
         self.kind = kinds.pop() if len(kinds) == 1 and not any(s[4] for s in self._segments) else ""
         if self.rows * self.columns != math.prod(target.shape):
             raise FileError(f"'{target.name}': {self.rows} x {self.columns} values, expected shape {target.shape}.")
+
+    @functools.cached_property
+    def quantized(self) -> QuantizedWeight | None:
+        """The same numbers as one quantized weight, where the source has them so; its format may be any.
+
+        That is one layer, whole, or rows of layers that are in one format and can be put below one another in it.
+        """
+        if len(self._target.shape) != 2 or any(s[4] for s in self._segments):
+            return None
+        if self.kind:
+            qdata = self.raw(0, self.rows)
+            return QuantizedWeight(format_id(self.kind), {"qdata": qdata}, self._target.shape, self._target.dtype)
+        layers = [s[0].layer for s in self._segments]
+        held = [layer.weight for layer in layers if layer is not None]
+        if len(held) < len(layers) or len({w.format_id for w in held}) > 1:
+            return None
+        try:
+            return cat_rows([_rows_of(w, s) for w, s in zip(held, self._segments, strict=True)])
+        except WeightError:  # the format does not keep rows apart: they are quantized again
+            return None
 
     def raw(self, start: int, stop: int) -> Tensor:
         """The blocks of rows [start, stop), uint8; only where `kind` is one."""
@@ -314,6 +383,13 @@ def _segment(piece: Piece, stored: Stored) -> Segment:
     if count and int(order[-1]) - int(order[0]) == count - 1 and bool((order.diff() == 1).all()):
         return stored, int(order[0]), None, count, added
     return stored, 0, order, count, added
+
+
+def _rows_of(weight: QuantizedWeight, segment: Segment) -> QuantizedWeight:
+    _, begin, order, count, _ = segment
+    if order is not None:
+        return take_rows(weight, order)
+    return weight if count == weight.orig_shape[0] else take_rows(weight, slice(begin, begin + count))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

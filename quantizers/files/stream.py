@@ -183,7 +183,7 @@ def quantize_parts(
         nbytes = value.nbytes
         del value
         if nbytes > TRIM_NBYTES:
-            _trim()
+            trim()
 
 
 @functools.cache
@@ -194,15 +194,15 @@ def _malloc_trim() -> Callable[[int], object] | None:
         return None
 
 
-def _trim() -> None:
+def trim() -> None:
     """Hand freed memory back to the system.
 
     glibc keeps blocks below 32 MiB for itself, and odd sizes between them let it grow: 300 MiB more than was in use,
     measured over a file of 650 MB.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    call = _malloc_trim()
+    if call is not None:
+        call(0)
 
 
 def _value(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .expand import BLOCK_NUMEL, Expansion
 from .scratch import scratch
+
+BYTES_AT_ONCE = 1 << 22
+RUN = 16  # rows that are sampled together
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,18 @@ class Difference:
     max_error: float
 
 
-def compare(w: Tensor, source: Expansion | Tensor) -> Difference:
+def compare(w: Tensor, source: Expansion | Tensor, every: int = 1) -> Difference:
     """Compare a weight with what its quantized form expands to.
 
     Args:
         w: (N, K) float.
         source: the quantized weight, or its dequantized values (N, K).
+        every: look at one row in so many, in runs of neighbours where there are enough rows.
     """
     n, k = w.shape
     step = max(1, BLOCK_NUMEL // max(k, 1)) if w.device.type == "cpu" else max(n, 1)
     signal = noise = max_error = 0.0
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start, stop in _blocks(n, step, every):
         original = scratch("original", (stop - start, k), torch.float32, w.device)
         original.copy_(w[start:stop])
         if isinstance(source, Tensor):
@@ -54,6 +59,14 @@ def compare(w: Tensor, source: Expansion | Tensor) -> Difference:
     return Difference(signal, noise, max_error)
 
 
+def _blocks(n: int, step: int, every: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) to look at, at most `step` at a time."""
+    if every > 1:
+        step = min(step, RUN, max(1, n // (every * every)))
+    for start in range(0, n, step * every):
+        yield start, min(start + step, n)
+
+
 def _square_sum(t: Tensor) -> float:
     flat = t.view(-1)
     return float(torch.dot(flat, flat))
@@ -66,8 +79,8 @@ def finite(t: Tensor) -> bool:
     """
     if not t.is_floating_point() or not t.numel():
         return True
-    if t.dtype is torch.float8_e4m3fn:
-        return int((t.view(torch.uint8) & 0x7F).max()) < 0x7F
-    if t.dtype is torch.float8_e5m2:
-        return int((t.view(torch.uint8) & 0x7F).max()) < 0x7C
+    limit = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}.get(t.dtype)
+    if limit is not None:
+        parts: tuple[Tensor, ...] = cast(Any, t.contiguous().view(torch.uint8).view(-1)).split(BYTES_AT_ONCE)
+        return all(int((part & 0x7F).max()) < limit for part in parts)
     return bool(torch.isfinite(t.to(torch.float32)).all())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quantwire.quantizers.apply import quantize_tensor
+from quantwire.quantizers.errors import SpecError
 from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedLinear, QuantizedWeight
@@ -154,3 +155,14 @@ def test_float16_weights_of_usual_sizes_keep_their_quality(format_id: str, std: 
     _, entry = quantize_tensor("w", (values(64, 256) * std).to(torch.float16), QuantSpec(format_id))
     assert entry.sqnr_db is not None
     assert entry.sqnr_db > least
+
+
+def test_options_that_another_version_lacks() -> None:
+    """A file may come from a newer comfy-kitchen than the host's: False is what one without the option does."""
+    quantizer: Any = get_quantizer("comfy-w4a8")
+    q = quantize("comfy-w4a8", values(N, K))
+    newer = QuantizedWeight(q.format_id, q.tensors, q.orig_shape, q.orig_dtype, {**q.meta, "other_order": False})
+    assert torch.equal(quantizer.dequantize(newer, torch.float32), quantizer.dequantize(q, torch.float32))
+    other = QuantizedWeight(q.format_id, q.tensors, q.orig_shape, q.orig_dtype, {**q.meta, "other_order": True})
+    with pytest.raises(SpecError, match="comfy-w4a8: other_order is not known to the comfy-kitchen that is installed"):
+        quantizer.dequantize(other, torch.float32)

@@ -44,6 +44,26 @@ def test_native_files_open_in_the_stock_loader(comfyui: Any, kind: str, bound: f
     assert 0 < found < bound, found
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *[("comfy-fp8-e4m3fn", "comfy-metadata"), ("comfy-w4a8", "comfy-metadata"), ("comfy-nvfp4", "comfy-metadata")],
+        ("comfy-fp8-e4m3fn", "scaled-fp8"),
+    ],
+)
+def test_other_layouts_give_the_same_in_the_stock_loader(comfyui: Any, kind: str, layout: str) -> None:
+    """The same layers with their format told in another way; scaled fp8 asks for full-precision products as well."""
+    latents: list[Any] = []
+    for chosen in ("comfy", layout):
+        name = f"layout-{kind}-{chosen}.safetensors"
+        convert(comfyui, kind, output_name=name, layout=chosen)
+        latents.append(comfyui.latent(sampled(("q", 0), {"q": unet(name)})))
+    first, second = latents
+    bound = 0.035 if layout == "scaled-fp8" else 0.0
+    assert float((second - first).norm() / first.norm()) <= bound
+    assert error(comfyui, unet(f"layout-{kind}-{layout}.safetensors")) > 0
+
+
 def test_the_way_back_opens_in_the_stock_loader(comfyui: Any) -> None:
     convert(comfyui, "Q8_0", output_name="there.gguf")
     graph = {"c": node("ConvertModel", model_name="diffusion_models/there.gguf", type="BF16", overwrite=True)}

@@ -17,6 +17,7 @@ from quantwire.quantizers.errors import FileError, WeightError
 from quantwire.quantizers.files.architectures import comfyui_targets, detect, gguf_targets
 from quantwire.quantizers.files.layouts import Piece, Target, apply, assemble, target
 from quantwire.quantizers.files.layouts.diffusers import diffusers_to_comfyui
+from quantwire.quantizers.registry import get_quantizer
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight, TensorMeta
 from real_models import IMAGE_MODELS, SAME_NAMES, SD1, SDXL, UNCLIP, image_shapes, metas_of, narrow_values
@@ -329,7 +330,30 @@ def test_parts_in_several_formats_are_refused() -> None:
         assemble(made, sources.__getitem__)
 
 
-def test_formats_with_more_than_rows_of_bytes_are_refused() -> None:
-    weight = QuantizedWeight("any", {"qdata": torch.zeros(4, 8), "scale": torch.ones(1)}, (4, 8), torch.float32)
-    with pytest.raises(WeightError, match=r"any of shape .* cannot be cut or joined by rows"):
+def test_weights_whose_rows_are_not_apart_are_refused() -> None:
+    tensors = {"qdata": torch.zeros(192, 1, dtype=torch.uint8), "absmax": torch.ones(6)}
+    weight = QuantizedWeight("bnb-nf4", tensors, (4, 96), torch.float32)
+    with pytest.raises(WeightError, match=r"'a': bnb-nf4 of shape .* cannot be cut or joined by rows: K=96 is not"):
         apply(Piece("a", 0, 2), weight)
+    assert apply(Piece("a"), weight) is weight
+    scale = QuantizedWeight("quanto-qint8", {"qdata": torch.zeros(4, 8), "scale": torch.ones(3)}, (4, 8), torch.float32)
+    with pytest.raises(WeightError, match=r"'a': quanto-qint8 .* its scale has shape \(3,\)"):
+        apply(Piece("a", 0, 2), scale)
+
+
+def test_weights_with_scales_are_cut_rearranged_and_joined() -> None:
+    codes = torch.arange(-32, 32, dtype=torch.int8).reshape(8, 8)
+    weight = QuantizedWeight(
+        "quanto-qint8", {"qdata": codes, "scale": torch.arange(1.0, 9.0).unsqueeze(1)}, (8, 8), torch.float32
+    )
+    exact = dequantize(weight)
+    for piece in (Piece("a", 2, 6), Piece("a", swap=True), Piece("a", heads=2), Piece("a", 0, 4, heads=-1)):
+        assert torch.equal(dequantize(apply(piece, weight)), apply(piece, exact)), piece
+    made = target("t", (Piece("a", 4), Piece("a", 0, 4, swap=True)), {"a": meta("a", exact)})
+    joined = assemble(made, {"a": weight}.__getitem__)
+    assert isinstance(joined, QuantizedWeight)
+    assert torch.equal(dequantize(joined), assemble(made, {"a": exact}.__getitem__))
+
+
+def dequantize(weight: QuantizedWeight) -> torch.Tensor:
+    return get_quantizer(weight.format_id).dequantize(weight, torch.float32)

@@ -37,10 +37,15 @@ def test_ids_are_permanent() -> None:
         "LoadGGUF",
         "LoadGGUFTextEncoder",
         "LoadAndQuantize",
+        "LoadQuantized",
         "OffloadCompat",
+        "InspectModel",
+        "RepairModel",
         "ConvertModel",
+        "SaveQuantized",
         "RecordImatrix",
         "SaveImatrix",
+        "SaveCalibration",
     ]
     assert set(NODE_DISPLAY_NAME_MAPPINGS) == set(NODE_CLASS_MAPPINGS)
 

@@ -13,18 +13,33 @@ from ...base import Availability, Kernel, Quantizer
 from ...errors import SpecError
 from ...kernels import forms
 from ...kernels.choose import EXPAND
-from ...kernels.expand import Expansion, linear
+from ...kernels.expand import Expansion, dequantized, linear
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import is_installed, probe_package, probe_stored, sample_bytes
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint4 or gguf-q4-0."
 DEFAULT_BLOCK_SIZE = 64
+SLAB_NUMEL = 1 << 22  # on the CPU the library takes several times the weight's memory
 NESTED_BLOCK_SIZE = 256
 # Above it the library's CPU path goes through torch.compile, once for each shape: tens of seconds, and a C++ compiler.
 LARGEST_CPU_BLOCK = 1024
+# Code -> value, as the library's tables have them (functional.py, `get_4bit_type`): so weights that are made already
+# are read without it.
+CODEBOOKS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204),
+        -0.25,
+    ),
+}
 
 
 class BnbFourBit(Quantizer):
@@ -34,6 +49,11 @@ class BnbFourBit(Quantizer):
 
     def probe(self) -> Availability:
         return probe_package(self, "bitsandbytes", (0, 46), INSTALL)
+
+    def probe_reading(self) -> Availability:
+        tensors = {"qdata": sample_bytes(64 * 128, 1), "absmax": torch.ones(256)}
+        sample = QuantizedWeight(self.format_id, tensors, (64, 256), torch.float32, {"compute_dtype": None})
+        return probe_stored(self, sample, "Choose gguf-q4-0.")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -60,17 +80,30 @@ class BnbFourBit(Quantizer):
         nested_absmax, nested_code and offset."""
         nested = bool(spec.option("bits4-use-double-quant", False))
         block_size = int(spec.option("bits4-block-size", DEFAULT_BLOCK_SIZE))
-        qdata, state = _library().functional.quantize_4bit(
-            w.contiguous(), blocksize=block_size, compress_statistics=nested, quant_type=self.quant_type
-        )
-        qdata = qdata.view(-1).view(_storage(spec)).unsqueeze(1)
-        tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": state.absmax}
+        flat = w.contiguous().view(-1)
+        step = flat.numel() if nested or w.device.type != "cpu" else SLAB_NUMEL  # whole blocks: 64 to 4096 divide it
+        slabs: tuple[Tensor, ...] = cast(Any, flat).split(step) if flat.numel() > step else (w.contiguous(),)
+        made: list[tuple[Tensor, Any]] = [
+            _library().functional.quantize_4bit(
+                slab, blocksize=block_size, compress_statistics=nested, quant_type=self.quant_type
+            )
+            for slab in slabs
+        ]
+        state = made[0][1]
+        packed = [part.view(-1) for part, _ in made]
+        qdata = (packed[0] if len(made) == 1 else torch.cat(packed)).view(_storage(spec)).unsqueeze(1)
+        absmax = state.absmax if len(made) == 1 else torch.cat([s.absmax for _, s in made])
+        tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": absmax}
         if nested:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
         meta = {"compute_dtype": spec.option("bits4-compute-dtype", None)}
         if block_size != DEFAULT_BLOCK_SIZE:
             meta["block_size"] = block_size
         return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
+
+    def codebook(self, device: torch.device | None = None) -> Tensor:
+        """The 16 values of the codes, float32: what files call `quant_map`."""
+        return torch.tensor(CODEBOOKS[self.quant_type], device=device or torch.device("cpu"))
 
     def _state(self, q: QuantizedWeight, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
         functional = _library().functional
@@ -93,12 +126,23 @@ class BnbFourBit(Quantizer):
         )
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        if not is_installed("bitsandbytes"):
+            return self._by_formula(q, dtype)
         # As one row of all values: with (N, K) the library's CPU kernel (0.50.2, AVX-512) takes wrong maxima where K is
         # a multiple of 16 but not of the block size; as one row it equals the formula bit for bit at every shape.
         functional, state = _library().functional, self._state(q, dtype, (1, q.numel))
         if state.blocksize > LARGEST_CPU_BLOCK and q.tensors["qdata"].device.type == "cpu":
             self._split_blocks(state)
         return functional.dequantize_4bit(_packed(q), state).reshape(q.orig_shape)
+
+    def _by_formula(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        form = self.form(q)
+        if form is not None:
+            return dequantized(form, dtype)
+        packed, absmax = _packed(q), plain_absmax(q)
+        codes = torch.cat([packed >> 4, packed & 15], dim=1).view(-1)[: q.numel].int()
+        scale = absmax.repeat_interleave(_block_size(q))[: q.numel]
+        return (self.codebook(absmax.device)[codes] * scale).reshape(q.orig_shape).to(dtype)
 
     def _split_blocks(self, state: Any) -> None:
         """Each block as several of `LARGEST_CPU_BLOCK` with the same maximum: the same values by the C++ kernel."""
@@ -112,11 +156,8 @@ class BnbFourBit(Quantizer):
         n, k = q.orig_shape
         if k % _block_size(q):  # blocks cross rows
             return None
-        functional, t = _library().functional, q.tensors
-        absmax = t["absmax"]
-        if "nested_absmax" in t:
-            absmax = functional.dequantize_blockwise(absmax, self._state(q, torch.float32, (n, k)).state2) + t["offset"]
-        table = forms.pairs(functional.get_4bit_type(self.quant_type, device=absmax.device), "high first")
+        absmax = plain_absmax(q)
+        table = forms.pairs(self.codebook(absmax.device), "high first")
         return forms.nibbles(_packed(q).view(n, k // 2), table, absmax.view(n, -1))
 
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
@@ -124,7 +165,7 @@ class BnbFourBit(Quantizer):
         if q.orig_shape[1] % block_size:
             reason = f"K={q.orig_shape[1]} is not a multiple of {block_size}, so blocks cross rows"
             return Kernel("dequantize, F.linear", reason, self._dequantized)
-        if device.type == "cuda":
+        if device.type == "cuda" and is_installed("bitsandbytes"):
             return Kernel("bitsandbytes gemm_4bit", "the library's fused product", self._gemm)
         return Kernel(EXPAND, "no slower here than bitsandbytes' own product, and right at every K", self._expanded)
 
@@ -201,6 +242,16 @@ class BnbFourBit(Quantizer):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def plain_absmax(q: QuantizedWeight) -> Tensor:
+    """The float32 maxima (blocks,), as the library computes them where they are quantized themselves."""
+    t = q.tensors
+    if "nested_absmax" not in t:
+        return t["absmax"]
+    codes = t["absmax"].reshape(-1)
+    scale = t["nested_absmax"].reshape(-1).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    return t["nested_code"][codes.int()] * scale + t["offset"]
 
 
 def _block_size(q: QuantizedWeight) -> int:

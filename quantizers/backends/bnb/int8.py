@@ -14,13 +14,14 @@ from ...kernels.choose import expanding
 from ...kernels.expand import Expansion
 from ...kernels.scratch import scratch
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import is_installed, probe_package, probe_stored, sample_bytes
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
 
 INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint8 or gguf-q8-0."
 DEFAULT_THRESHOLD = 6.0
+RECIPROCAL = 7.874015718698502e-3  # 1 / 127 as the library writes it
 INVERSE_SQUARE = 6.200124e-05  # 1 / 127**2 as the library writes it
 
 
@@ -29,6 +30,12 @@ class BnbInt8(Quantizer):
 
     def probe(self) -> Availability:
         return probe_package(self, "bitsandbytes", (0, 46), INSTALL)
+
+    def probe_reading(self) -> Availability:
+        tensors = {"qdata": sample_bytes(64, 256).view(torch.int8), "absmax": torch.ones(64)}
+        meta = {"threshold": DEFAULT_THRESHOLD}
+        sample = QuantizedWeight(self.format_id, tensors, (64, 256), torch.float32, meta)
+        return probe_stored(self, sample, "Choose gguf-q8-0.")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -49,6 +56,9 @@ class BnbInt8(Quantizer):
         )
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        if not is_installed("bitsandbytes"):
+            # The library's formula, operation by operation.
+            return (q.tensors["qdata"] * q.tensors["absmax"].view(-1, 1) * RECIPROCAL).to(dtype)
         import bitsandbytes.functional as F
 
         return F.int8_vectorwise_dequant(q.tensors["qdata"], q.tensors["absmax"]).to(dtype)
@@ -57,7 +67,7 @@ class BnbInt8(Quantizer):
         return forms.integers(q.tensors["qdata"], q.tensors["absmax"].reshape(-1, 1) / 127)
 
     def kernel(self, q: QuantizedWeight, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
-        if device.type == "cuda":
+        if device.type == "cuda" and is_installed("bitsandbytes"):
             return Kernel("bitsandbytes int8 x int8", "the library's fused product", self._by_library)
         refusal = int8.refusal(device, q.orig_shape, tokens)
         if refusal:

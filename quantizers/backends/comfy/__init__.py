@@ -24,17 +24,19 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...base import Availability, Kernel, Quantizer
+from ...errors import SpecError
 from ...kernels.choose import EXPAND, int8_rows
-from ...kernels.expand import Expansion
+from ...kernels.expand import Expansion, dequantized
+from ...kernels.tiles import to_tiles
 from ...provenance import SPEC_KEY
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import is_installed, probe_package, probe_stored, sample_bytes
 from .expansion import rotated_back, rotated_linear, stored
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 INSTALL = "Run `pip install comfy-kitchen`, or update ComfyUI, which brings it; or choose a bnb, quanto or gguf format."
 DEFAULT_ROTATION = 256  # columns that ConvRot mixes; K must be a multiple
+SLAB_NUMEL = 1 << 20
+TILE_ROWS = 128  # of the scales of nvfp4 and mxfp8
 INT4_GROUP = 64  # the kernel's; K must be a multiple
 
 
@@ -95,6 +99,10 @@ class Comfy(Quantizer):
     def probe(self) -> Availability:
         return probe_package(self, "comfy-kitchen", (0, 2, 31), INSTALL)
 
+    def probe_reading(self) -> Availability:
+        sample = QuantizedWeight(self.format_id, *_sample(self.native))
+        return probe_stored(self, sample, "Choose a gguf format.")
+
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
             return f"shape {t.shape} is not (N, K)"
@@ -127,7 +135,7 @@ class Comfy(Quantizer):
         """See the package docstring for the tensors."""
         w = w.detach().contiguous()
         options = self._options(spec)
-        qdata, params = self._layout.quantize(w, **options)
+        qdata, params = self._in_slabs(w, options) if self._by_rows(w, spec) else self._layout.quantize(w, **options)
         if self.native.divisor and _unusable(params.scale, w.dtype):
             # The scale of a weight of zeros, or in float16 of a tiny one, is 0 there, and dividing by it makes nan; and
             # where its inverse exceeds float16 (fp8-e5m2 with values below 0.8) every value lands on the largest.
@@ -144,6 +152,38 @@ class Comfy(Quantizer):
                 meta[entry.name] = value
         return QuantizedWeight(self.format_id, tensors, tuple(w.shape), w.dtype, meta)
 
+    def _by_rows(self, w: Tensor, spec: QuantSpec) -> bool:
+        """Whether rows come out the same, bit for bit, when they are quantized a few at a time.
+
+        Not of rotated ones, whose products may be summed in another order, nor with a codebook of the whole weight.
+        """
+        return w.device.type == "cpu" and w.numel() > SLAB_NUMEL and not self.native.rotated and not _one_scale(spec)
+
+    def _in_slabs(self, w: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """What the layout makes of a weight, in little memory: it takes up to 30 bytes a value on the way."""
+        step = -(-SLAB_NUMEL // w.shape[1] // TILE_ROWS) * TILE_ROWS
+        slabs: tuple[Tensor, ...] = cast(Any, w).split(step)
+        if self.native.divisor:
+            largest = torch.stack([torch.amax(slab.abs()) for slab in slabs]).amax()
+            options = {**options, "scale": largest / self.native.divisor}
+            if _unusable(options["scale"].float(), w.dtype):
+                return self._layout.quantize(w, **options)
+        part, params = self._layout.quantize(slabs[0], **options)
+        qdata: Tensor = part.new_empty((w.shape[0] + TILE_ROWS, *part.shape[1:]))  # the last slab may be padded
+        made: list[Any] = [params]
+        qdata[: len(part)], rows = part, len(part)
+        for slab in slabs[1:]:
+            part, params = self._layout.quantize(slab, **options)
+            qdata[rows : rows + len(part)] = part
+            rows += len(part)
+            made.append(params)
+        changed: dict[str, Any] = {"orig_shape": tuple(w.shape)}
+        for entry in dataclasses.fields(made[0]):
+            values = [getattr(params, entry.name) for params in made]
+            if isinstance(values[0], Tensor) and values[0].dim():  # one of the whole tensor has none
+                changed[entry.name] = torch.cat(values)
+        return qdata[:rows], dataclasses.replace(made[0], **changed)
+
     def _options(self, spec: QuantSpec) -> dict[str, Any]:
         options = dict(self.native.options)
         if self.native.rotated:
@@ -156,10 +196,21 @@ class Comfy(Quantizer):
         """The layout's parameter object on the tensors of `q`."""
         extra = {name: t for name, t in q.tensors.items() if name != "qdata"}
         cls = params_class or self._layout.Params
+        known = {entry.name for entry in dataclasses.fields(cls)}
         meta = {name: value for name, value in q.meta.items() if name != SPEC_KEY}
+        # Older comfy-kitchens lack options that newer ones have; without the option is what False says.
+        unknown = [name for name, value in meta.items() if name not in known and value]
+        if unknown:
+            raise SpecError(
+                f"{q.format_id}: {', '.join(unknown)} is not known to the comfy-kitchen that is installed.\nUpdate it."
+            )
+        meta = {name: value for name, value in meta.items() if name in known}
         return cls(orig_dtype=dtype, orig_shape=tuple(q.orig_shape), **extra, **meta)
 
     def dequantize(self, q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        form = None if is_installed("comfy-kitchen") else self.form(q)
+        if form is not None:
+            return dequantized(form, dtype)
         full = self._layout.dequantize(q.tensors["qdata"], self.params(q, dtype))
         n, k = q.orig_shape
         return full[:n, :k].to(dtype)
@@ -202,6 +253,30 @@ class Comfy(Quantizer):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.register_load_state_dict_pre_hook(FullPrecisionGuard(self.format_id))
         return layer.eval()
+
+
+def _sample(native: NativeFormat) -> tuple[dict[str, Tensor], tuple[int, int], torch.dtype, dict[str, Any]]:
+    """Tensors, shape, dtype and meta of a weight that the library need not make."""
+    codes, one = sample_bytes(64, 256), torch.tensor(0.01)
+    meta: dict[str, Any] = {"convrot_groupsize": DEFAULT_ROTATION} if native.rotated else {}
+    if native.divisor and native.algo != "nvfp4":
+        tensors = {"qdata": (codes.float() - 126).to(native.options["dtype"]), "scale": one}
+    elif native.algo == "nvfp4":
+        tiles = to_tiles(torch.ones(64, 16).to(torch.float8_e4m3fn))
+        tensors = {"qdata": codes[:, :128].contiguous(), "block_scale": tiles, "scale": one}
+    elif native.algo == "mxfp8":
+        tiles = to_tiles(torch.full((64, 8), 127, dtype=torch.uint8)).view(torch.float8_e8m0fnu)  # 2**0
+        tensors = {"qdata": (codes.float() - 126).to(torch.float8_e4m3fn), "scale": tiles}
+    elif native.algo == "int8_tensorwise":
+        tensors = {"qdata": codes.view(torch.int8), "scale": torch.full((64, 1), 0.01)}
+        meta["convrot"] = native.rotated
+    else:
+        packed = codes[:, :128].contiguous().view(torch.int8)
+        tensors = {"qdata": packed, "scale": torch.full((64,), 0.1)}
+        if native.algo == "asym_w4a8_int8":
+            tensors["scale"] = torch.ones(64, 16).to(torch.float8_e4m3fn)
+            tensors |= {"s_channel": torch.full((64,), 0.01), "codebook": torch.arange(-64.0, 64.0, 8.0)}
+    return tensors, (64, 256), torch.float32, meta
 
 
 def _parts(q: QuantizedWeight) -> tuple[Tensor, Tensor]:

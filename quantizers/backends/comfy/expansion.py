@@ -8,13 +8,13 @@ the 12,288 of a weight. Layouts: comfy_kitchen/tensor and backends/eager at 0.2.
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 from torch import Tensor
 
 from ...kernels import expand, forms
 from ...kernels.expand import Expansion
+from ...kernels.tiles import from_tiles
 from ...weight import QuantizedWeight
 
 INT4 = torch.tensor([float(i if i < 8 else i - 16) for i in range(16)], device="cpu")
@@ -31,11 +31,11 @@ def stored(q: QuantizedWeight, algo: str) -> Expansion:
     if algo.startswith("float8"):
         return forms.float8(qdata, t["scale"])
     if algo == "mxfp8":
-        scale = _unblocked(t["scale"].view(torch.uint8), qdata.shape[0], qdata.shape[1], MX_BLOCK)
+        scale = from_tiles(t["scale"].view(torch.uint8), qdata.shape[0], qdata.shape[1] // MX_BLOCK)
         exponents = (scale[:n].to(torch.int32) << 23).view(torch.float32)  # e8m0 is the exponent of a float32
         return _cut(forms.float8(qdata[:n], exponents), k)
     if algo == "nvfp4":
-        scale = _unblocked(t["block_scale"], qdata.shape[0], 2 * qdata.shape[1], NV_BLOCK)[:n]
+        scale = from_tiles(t["block_scale"], qdata.shape[0], 2 * qdata.shape[1] // NV_BLOCK)[:n]
         table = forms.pairs(E2M1.to(qdata.device), "high first")
         return _cut(forms.nibbles(qdata[:n], table, scale.to(torch.float32) * t["scale"]), k)
     if algo == "int8_tensorwise":
@@ -71,12 +71,6 @@ def _cut(padded: Expansion, k: int) -> Expansion:
         out.copy_(whole[:, :k])
 
     return Expansion((n, k), padded.device, fill)
-
-
-def _unblocked(scale: Tensor, rows: int, columns: int, block: int) -> Tensor:
-    """Scales (rows, columns / block) out of cuBLAS's tiles of 128 x 4, by comfy-kitchen's own function."""
-    from_blocked = importlib.import_module("comfy_kitchen.float_utils").from_blocked
-    return from_blocked(scale, num_rows=rows, num_cols=columns // block)
 
 
 def rotated_back(source: Expansion, group: int) -> Expansion:

@@ -24,7 +24,7 @@ from ...kernels import forms
 from ...kernels.choose import int8_rows
 from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import probe_package, probe_stored, sample_bytes
 from .library import load
 
 if TYPE_CHECKING:
@@ -55,6 +55,18 @@ class Nncf(Quantizer):
 
     def probe(self) -> Availability:
         return probe_package(self, "nncf", (3, 4), INSTALL)
+
+    def probe_reading(self) -> Availability:
+        groups = 2 if self.four_bit else 1
+        qdata = sample_bytes(64, 128 if self.four_bit else 256)
+        tensors = {
+            "qdata": qdata.view(torch.int8) if self.mode == "int8_sym" else qdata,
+            "scale": torch.full((64, groups), 0.125, dtype=torch.float16),
+        }
+        if self.asymmetric:
+            tensors["zero_point"] = sample_bytes(64) if self.four_bit else sample_bytes(64, 1)
+        sample = QuantizedWeight(self.format_id, tensors, (64, 256), torch.float32)
+        return probe_stored(self, sample, "Choose a gguf format.")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         ratio = spec.option("ratio", 1.0)

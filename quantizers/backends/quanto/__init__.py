@@ -27,7 +27,7 @@ from ...kernels import forms
 from ...kernels.choose import int8_rows
 from ...kernels.expand import Expansion
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import is_installed, probe_package, probe_stored, sample_bytes
 
 if TYPE_CHECKING:
     from ...spec import QuantSpec
@@ -61,6 +61,18 @@ class Quanto(Quantizer):
 
     def probe(self) -> Availability:
         return probe_package(self, "optimum-quanto", (0, 2, 7), INSTALL)
+
+    def probe_reading(self) -> Availability:
+        if self._packed:
+            scale = torch.full((128, 1), 0.1)
+            tensors = {"qdata": sample_bytes(128 * self.bits // 8, 128), "scale": scale, "shift": scale}
+            sample = QuantizedWeight(self.format_id, tensors, (64, 256), torch.float32, {"group_size": 128})
+        else:
+            dtype = torch.int8 if self.qtype_name == "qint8" else getattr(torch, self.qtype_name[1:])
+            qdata = (sample_bytes(64, 256).to(torch.float32) / 2 - 63).to(dtype)
+            tensors = {"qdata": qdata, "scale": torch.full((64, 1), 0.1)}
+            sample = QuantizedWeight(self.format_id, tensors, (64, 256), torch.float32)
+        return probe_stored(self, sample, "Choose a gguf format.")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:
@@ -124,7 +136,8 @@ class Quanto(Quantizer):
         # The library's product wants activations in the dtype of the scales; casting scales to the dtype of x instead
         # would lose up to 0.4 % of each row in bfloat16, or the row where float16 underflows. On a CPU it is slower
         # than expanding at every number of tokens, and for float8 it dequantizes as eager code does.
-        if device.type == "cuda" and not self._packed and dtype == q.tensors["scale"].dtype:
+        here = is_installed("optimum-quanto")
+        if here and device.type == "cuda" and not self._packed and dtype == q.tensors["scale"].dtype:
             return Kernel("quanto qbytes_mm", "the library's fused product", self._qbytes_mm)
         if self.qtype_name == "qint8":
             return int8_rows(_parts, self._form, q.orig_shape, device, dtype, tokens)

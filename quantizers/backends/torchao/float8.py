@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...kernels import forms
 from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight, TensorMeta
+from ..probing import sample_bytes
 from .library import load
 from .shared import Torchao, scaled
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 class TorchaoFloat8(Torchao):
     format_id = "torchao-float8wo"
+
+    def sample(self) -> dict[str, Tensor]:
+        return {
+            "qdata": (sample_bytes(64, 256).float() - 126).to(torch.float8_e4m3fn),
+            "scale": torch.full((64, 1), 0.01),
+        }
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         return t.numel + 4 * self.groups(spec, t)

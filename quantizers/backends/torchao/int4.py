@@ -17,6 +17,7 @@ from ...errors import SpecError
 from ...kernels import forms
 from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight, TensorMeta
+from ..probing import sample_bytes
 from .library import load
 from .shared import Torchao
 
@@ -36,6 +37,9 @@ class TorchaoInt4(Torchao):
         if reason is None and t.shape[0] % ROWS:
             return f"N={t.shape[0]} is not a multiple of {ROWS}, which torch's int4 product needs"
         return reason
+
+    def sample(self) -> dict[str, Tensor]:
+        return {"qdata": sample_bytes(64, 128), "scale": torch.full((64, 2), 0.1), "zero_point": torch.zeros(64, 2)}
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         return t.numel // 2 + 2 * self.groups(spec, t) * t.dtype.itemsize

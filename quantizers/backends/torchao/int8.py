@@ -12,6 +12,7 @@ from ...kernels import forms, int8
 from ...kernels.choose import expanding, int8_rows
 from ...kernels.expand import Expansion
 from ...weight import QuantizedWeight, TensorMeta
+from ..probing import sample_bytes
 from .library import load
 from .shared import Torchao, scaled
 
@@ -23,6 +24,9 @@ class TorchaoInt8(Torchao):
     def __init__(self, format_id: str) -> None:
         self.format_id = format_id
         self.dynamic = format_id == "torchao-int8dyn"
+
+    def sample(self) -> dict[str, Tensor]:
+        return {"qdata": sample_bytes(64, 256).view(torch.int8), "scale": torch.full((64, 1), 0.01)}
 
     def predict_nbytes(self, spec: QuantSpec, t: TensorMeta) -> int:
         return t.numel + 4 * self.groups(spec, t)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...base import Availability, Quantizer
 from ...weight import FullPrecisionGuard, QuantizedWeight, TensorMeta
-from ..probing import probe_package
+from ..probing import probe_package, probe_stored
 from .library import load
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ class Torchao(Quantizer):
 
     def probe(self) -> Availability:
         return probe_package(self, "torchao", (0, 18), INSTALL)
+
+    def sample(self) -> dict[str, Tensor]:
+        """Tensors of a weight (64, 256) that the library need not make."""
+        raise NotImplementedError
+
+    def probe_reading(self) -> Availability:
+        sample = QuantizedWeight(self.format_id, self.sample(), (64, 256), torch.float32)
+        return probe_stored(self, sample, "Choose a gguf format.")
 
     def refuse(self, spec: QuantSpec, t: TensorMeta) -> str | None:
         if len(t.shape) != 2:

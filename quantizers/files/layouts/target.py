@@ -1,9 +1,9 @@
 """Tensors of one layout, each made of rows of another layout's tensors.
 
 Layouts name the same weights differently, and some keep as one matrix what others keep as several (q, k and v), or in
-another order of rows (scale and shift). All of that works on rows, that is on the first axis, so it works on the bytes
-of a row-wise quantized weight as well: no value is changed by a conversion, only moved. The one exception is `add`,
-for the norms of gemma, which llama.cpp stores plus one.
+another order of rows (scale and shift). All of that works on rows, that is on the first axis, so it works on quantized
+weights as well (`rows`): no value is changed by a conversion, only moved. The one exception is `add`, for the norms of
+gemma, which llama.cpp stores plus one.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def apply(piece: Piece, value: Value) -> Value:
     """The rows that a piece takes of its source; a view where that is possible.
 
     Args:
-        value: the source; a quantized one must hold `qdata` only, with the rows of the weight as its first axis.
+        value: the source.
     Raises:
         FileError: the rows are not there.
         WeightError: a quantized weight whose rows cannot be moved.
@@ -140,8 +140,13 @@ def apply(piece: Piece, value: Value) -> Value:
         return _moved(piece, value)
     if piece.add:
         raise WeightError(f"'{piece.source}': {value.format_id} cannot be added to.\nKeep this tensor plain.")
-    rows, *rest = _cut_shape(piece, value.orig_shape)
-    return value.with_tensors({"qdata": _moved(piece, _row_bytes(piece.source, value))}, (rows, *rest))
+    _cut_shape(piece, value.orig_shape)
+    from ..rows import take_rows
+
+    try:
+        return take_rows(value, _order(piece, value.orig_shape[0]))
+    except WeightError as err:
+        raise WeightError(f"'{piece.source}': {err}") from err
 
 
 def assemble(target: Target, read: Callable[[str], Value]) -> Value:
@@ -173,10 +178,9 @@ def assemble(target: Target, read: Callable[[str], Value]) -> Value:
 
 
 def _joined(target: Target, parts: list[Value]) -> QuantizedWeight:
-    """Quantized parts below one another: their rows are bytes of one format."""
-    import torch
-
+    """Quantized parts below one another, in one format."""
     from ...weight import QuantizedWeight
+    from ..rows import cat_rows
 
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
     first = quantized[0]
@@ -189,19 +193,19 @@ def _joined(target: Target, parts: list[Value]) -> QuantizedWeight:
             f"'{target.name}': its parts are in several formats, which cannot be one weight: {shown}.\n"
             "Convert the file with one format for them."
         )
-    qdata = torch.cat([_row_bytes(p.source, q) for p, q in zip(target.pieces, quantized, strict=True)])
-    return first.with_tensors({"qdata": qdata}, (sum(q.orig_shape[0] for q in quantized), *first.orig_shape[1:]))
+    try:
+        return cat_rows(quantized)
+    except WeightError as err:
+        raise WeightError(f"'{target.name}': {err}") from err
 
 
-def _row_bytes(source: str, weight: QuantizedWeight) -> Tensor:
-    """`qdata` with one entry of its first axis for each row of the weight."""
-    qdata, rows = weight.tensors.get("qdata"), weight.orig_shape[0]
-    if qdata is None or len(weight.tensors) > 1 or len(weight.orig_shape) < 2 or qdata.numel() % max(rows, 1):
-        raise WeightError(
-            f"'{source}': {weight.format_id} of shape {weight.orig_shape} cannot be cut or joined by rows.\n"
-            "Only matrices in formats that store each row by itself (gguf) can."
-        )
-    return qdata if qdata.shape[0] == rows else qdata.reshape(rows, -1)
+def _order(piece: Piece, total: int) -> slice | Tensor:
+    """Which rows a piece takes, in their order."""
+    import torch
+
+    if piece.swap or piece.heads:
+        return _moved(piece, torch.arange(total, device="cpu"))
+    return slice(piece.start, piece.stop)
 
 
 def _moved(piece: Piece, tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..faults import Fault
 from ..model_file import ModelFile
 
 if TYPE_CHECKING:  # finding layers does not need torch
@@ -46,25 +47,6 @@ class Layer:
     dtype: str = "BF16"
     options: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
     why: str = ""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something in a file that contradicts its scheme.
-
-    Attributes:
-        code: kebab-case, permanent: `scale-missing`.
-        tensor: which tensor, or layer, it is about.
-        text: what is wrong: got and expected.
-        effect: what a loader makes of it.
-        fatal: whether the layer cannot be used.
-    """
-
-    code: str
-    tensor: str
-    text: str
-    effect: str = ""
-    fatal: bool = True
 
 
 class Scheme(Protocol):

@@ -1,0 +1,54 @@
+"""`quantwire inspect PATH`: what a model file holds, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .paths import require_file
+
+OK, BAD_INPUT = 0, 2
+STANDARD_OUTPUT = Path("-")
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="what a model file holds: component, quantization, what loads it",
+        description=(
+            "Say what a model file is, how each of its layers is quantized, what wrote it and what loads it here. Only "
+            "headers are read. PATH is a safetensors or GGUF file, a *.safetensors.index.json, or a folder of "
+            "diffusers or transformers: one component, or a whole pipeline. Warnings come first. Exit code 2: the file "
+            "is damaged; what can still be read of it is shown."
+        ),
+    )
+    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument(
+        "--layers", nargs="?", const="*", metavar="PATTERN",
+        help="list layers, a line each: all, or those whose names fit a pattern such as '*.img_attn.*'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
+        help="everything as JSON, to standard output without FILE",
+    )  # fmt: skip
+    parser.set_defaults(handler=handle)
+
+
+def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    from ..quantizers.files.inspect import inspect
+
+    target, to_output = args.json, args.json == STANDARD_OUTPUT
+    if to_output:
+        args.json = None  # the facts themselves, not the report of a run
+    elif target is not None:
+        require_file(target, "--json")
+    found = inspect(args.path, args.layers)
+    if to_output:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        report |= found.to_dict()
+        print(found)
+    return BAD_INPUT if found.facts.damage else OK

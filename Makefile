@@ -11,7 +11,7 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf pages clean
+.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf files pages clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -45,6 +45,12 @@ formats: $(VENV)/.ready
 gguf: $(VENV)/.ready
 	$(BIN)/python benchmarks/gguf_sizes.py
 	$(BIN)/python benchmarks/gguf_types.py
+
+# The table of docs/files.md, by making, loading, writing and mending a file of every type. Its column of ComfyUI is
+# measured anew where COMFYUI_PATH is set, as for test-comfyui, and taken from tests/files/comfyui_loaded.json otherwise.
+files: $(VENV)/.ready
+	$(if $(COMFYUI_PATH),QUANTWIRE_WRITE_PAGES=1 $(BIN)/python -m pytest tests/comfyui/test_file_types.py)
+	QUANTWIRE_WRITE_PAGES=1 $(BIN)/python -m pytest tests/files/test_file_types.py -m slow
 
 # The help pages of the nodes, from what quantizers/formats declares, and docs/compatibility.md from quantizers/compat.
 pages: $(VENV)/.ready

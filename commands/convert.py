@@ -51,6 +51,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--keep", action="append", default=[], metavar="PATTERN", help="layers to keep at full precision; repeatable"
     )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix of llama.cpp or of this pack")
+    parser.add_argument(
+        "--scales", type=Path, metavar="FILE",
+        help="calibration of `quantwire calibrate`, for the input_scale of comfy-fp8-* and comfy-nvfp4",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
     parser.add_argument(
         "--resume", action="store_true",
@@ -85,6 +89,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     request = Request(
         args.source, args.target, args.type, rules, tuple(args.keep), (), args.imatrix, args.arch, args.overwrite,
         args.threads or 0, args.measure, args.restart, args.resume, args.layout, args.shard_size, not args.no_verify,
+        scales=args.scales,
     )  # fmt: skip
     if args.dry_run:
         plan = describe(request)

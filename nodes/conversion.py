@@ -26,6 +26,7 @@ WORDS = {
     "Use --overwrite": "Set overwrite",
     "with --imatrix": "by imatrix_name",
     "--layout": "layout",
+    "--scales": "calibration_name",
     "--restart": "set overwrite",
     "--overwrite": "overwrite",
 }
@@ -45,12 +46,13 @@ class Inputs:
     type: str
     keep_layers: str
     matrix: Path | None
+    scales: Path | None = None
 
     def stamp(self) -> str:
         """The state of the files that are read."""
         from ..quantizers.files.gguf_parts import named_parts
 
-        return stamp([*named_parts(self.source), *([self.matrix] if self.matrix else [])])
+        return stamp([*named_parts(self.source), *(f for f in (self.matrix, self.scales) if f is not None)])
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,21 @@ def run(
     request = Request(
         inputs.source, inputs.target, inputs.type, rules.rules if rules is not None else (),
         (*exclude, *patterns(inputs.keep_layers)), include, inputs.matrix, overwrite=overwrite, restart=overwrite,
-        layout=layout,
+        layout=layout, scales=inputs.scales,
     )  # fmt: skip
     with _own_words():
         return _described(request) if dry_run else _converted(inputs, request)
 
 
-def inputs_of(model_name: str, type: str, output_name: str, keep_layers: str, imatrix_name: str) -> Inputs:
+def inputs_of(
+    model_name: str, type: str, output_name: str, keep_layers: str, imatrix_name: str, calibration_name: str = ""
+) -> Inputs:
     source = resolve(model_name)
     folder = model_name.partition("/")[0]
     matrix = current().resolve(folder, imatrix_name) if imatrix_name.strip() else None
-    return Inputs(source, _target(model_name, source, type, output_name), type, keep_layers, matrix)
+    named = calibration_name.strip().removesuffix(".json")
+    scales = current().output_path(f"{named}.json") if named else None
+    return Inputs(source, _target(model_name, source, type, output_name), type, keep_layers, matrix, scales)
 
 
 def _described(request: Request) -> Description:

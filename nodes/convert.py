@@ -60,6 +60,10 @@ class ConvertModel:
             "How quantized layers are laid out in a safetensors file. usual: as the format's library does. scaled-fp8: "
             "comfy-fp8-e4m3fn for older hosts."
         )
+        scales = (
+            "File of SaveCalibration in the output folder, for the input_scale of comfy-fp8 formats and comfy-nvfp4; "
+            "empty is none."
+        )
         dry = "Only show what each group of tensors would become, and the size of the file."
         return {
             "required": {
@@ -74,6 +78,7 @@ class ConvertModel:
                 "keep_layers": ("STRING", {"default": "", "multiline": True, "tooltip": keep}),
                 "imatrix_name": ("STRING", {"default": "", "tooltip": imatrix}),
                 "layout": ([USUAL, *LAYOUTS], {"default": USUAL, "tooltip": layout}),
+                "calibration_name": ("STRING", {"default": "", "tooltip": scales}),
             },
         }
 
@@ -97,11 +102,13 @@ class ConvertModel:
         output_name: str = "",
         keep_layers: str = "",
         imatrix_name: str = "",
+        calibration_name: str = "",
         **_: Any,
     ) -> str:
         from . import conversion
 
-        return conversion.changed(conversion.inputs_of(model_name, type, output_name, keep_layers, imatrix_name))
+        inputs = conversion.inputs_of(model_name, type, output_name, keep_layers, imatrix_name, calibration_name)
+        return conversion.changed(inputs)
 
     def convert(
         self,
@@ -114,10 +121,11 @@ class ConvertModel:
         keep_layers: str = "",
         imatrix_name: str = "",
         layout: str = USUAL,
+        calibration_name: str = "",
     ) -> dict[str, Any]:
         from . import conversion
 
-        inputs = conversion.inputs_of(model_name, type, output_name, keep_layers, imatrix_name)
+        inputs = conversion.inputs_of(model_name, type, output_name, keep_layers, imatrix_name, calibration_name)
         report = conversion.run(inputs, rules, overwrite, dry_run, "" if layout == USUAL else layout)
         shown = inputs.target.relative_to(conversion.root_of(model_name, inputs.source)).as_posix()
         return with_report(report, shown, report)

@@ -111,7 +111,7 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
 def input_files(request: Request, source: Source) -> list[Path]:
     """What must not be overwritten while it is read."""
     files = [request.source, *source.files] if source.files else []
-    return files if request.imatrix is None else [*files, request.imatrix]
+    return [*files, *(f for f in (request.imatrix, request.scales) if f is not None)]
 
 
 def _main_format(conversion: Conversion) -> str:

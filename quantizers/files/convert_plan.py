@@ -71,6 +71,7 @@ class Request:
         layout: id of the writer for quantized safetensors files; empty is the usual one of the format.
         shard_nbytes: largest size of a file, beyond which several are made with an index; 0 is no limit.
         verify: read a quantized safetensors file again before it takes its name.
+        scales: file of a calibration, from which layers get an `input_scale`.
         folder: the target is the weights file of a component's folder, in the names of diffusers or transformers.
     """
 
@@ -91,6 +92,7 @@ class Request:
     shard_nbytes: int = 0
     verify: bool = True
     folder: bool = False
+    scales: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def plan_conversion(request: Request) -> Conversion:
         SpecError: an unknown type or pattern, or a tensor that cannot be as asked.
         BackendUnavailable: a library that the type needs is missing.
     """
+    if request.scales is not None:
+        raise SpecError(
+            f"{request.type} has no input_scale.\nLeave --scales out, or convert to a comfy-fp8 format or comfy-nvfp4."
+        )
     refuse_target(request)
     plain = request.target.suffix.lower() == SAFETENSORS
     recipe = find_recipe(request.type, native_formats() if plain or request.type.lower().startswith("comfy") else ())

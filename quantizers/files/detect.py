@@ -289,7 +289,8 @@ def _stored(scanned: Scan, parts: tuple[Part, ...], damage: str) -> Stored:
     return Stored(
         scanned.file.container,
         parts,
-        frozenset(x.scheme for x in layers),
+        # ComfyUI's own loaders leave out a `weight_scale` that no `comfy_quant` names.
+        frozenset(f"unnamed {x.scheme}" if x.options.get("style") == "new" else x.scheme for x in layers),
         frozenset(x.format_id for x in layers if x.format_id),
         damage or _refused(scanned, main_part(parts).prefix),
     )

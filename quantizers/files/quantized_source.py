@@ -14,7 +14,7 @@ from ..errors import FileError
 from ..ggml_types import type_name
 from ..registry import get_entry, require_reader
 from ..weight import QuantizedWeight, TensorMeta
-from .layer_rows import LayerRows
+from .layer_rows import INPUT_SCALE, PRE_QUANT_SCALE, LayerRows
 from .model_file import ModelFile
 from .schemes.scan import Scan
 from .sources import FLOAT8, SafetensorsSource, Stored, plain
@@ -60,7 +60,15 @@ class QuantizedSource:
                 value.tensors["qdata"].reshape(value.orig_shape[0], -1), self.kinds[name], value.orig_shape[1]
             )
         rows = torch.arange(value.orig_shape[0])[:, None]
-        return Stored(rows, "", value.orig_shape[1], LayerRows(value))
+        return Stored(rows, "", value.orig_shape[1], LayerRows(value, self._beside(name)))
+
+    def _beside(self, name: str) -> dict[str, torch.Tensor]:
+        layer = self._scan.layers[name]
+        roles = [role for role in (INPUT_SCALE, PRE_QUANT_SCALE) if role in layer.tensors]
+        found = {role: self._file.read(layer.tensors[role]) for role in roles}
+        if layer.scheme == "scaled-fp8" and INPUT_SCALE in found and bool((found[INPUT_SCALE] == 1).all()):
+            del found[INPUT_SCALE]  # such files say so that there is none
+        return found
 
     def identity(self) -> list[dict[str, Any]]:
         headers: dict[Path, Any] = {path: [] for path in self.files}

@@ -14,7 +14,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from .architectures import Found
 from .convert import SAMPLED, input_files
 from .convert_plan import GGUF, SAFETENSORS, Request, metadata_strings, read_model, refuse_target, source_nbytes
 from .diffusers_folder import Folder, folder_of, without_clashes
+from .input_scales import input_scales
 from .journal import partial, refuse_existing, remains
+from .layer_rows import INPUT_SCALE
 from .layouts.target import Target
 from .quantized_file import NAMES
 from .recipes import is_linear
@@ -68,6 +70,7 @@ class QuantizedConversion:
         copies: names of layers that are in the wanted format.
         notes, doubts: notes and warnings about the source.
         folder: what stands beside the weights, where they are a component's folder.
+        scales: name of a layer -> its `input_scale`, from a calibration.
     """
 
     request: Request
@@ -85,6 +88,7 @@ class QuantizedConversion:
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     folder: Folder | None = None
+    scales: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
 
     @property
     def beside(self) -> list[str]:
@@ -169,10 +173,12 @@ def plan_quantized(request: Request, spec: QuantSpec) -> QuantizedConversion:
     if isinstance(writer, ScaledFp8Writer):
         stay = [d.meta.name for d in plan.decisions if d.action is not Action.QUANTIZE and len(d.meta.shape) == 2]
         doubts += writer.doubts([n for n in stay if n.endswith(".weight")])
+    scales, without = input_scales(request, plan, writer)
+    doubts += without
     return QuantizedConversion(
         request, source, model.found, model.targets, plan, writer, tuple(items), tuple(files), room,
         plan.nbytes_out + model.words_nbytes, model.words, _copies(source, model.targets, plan.decisions),
-        (*model.notes, *_files_note(files)), tuple(doubts), folder,
+        (*model.notes, *_files_note(files)), tuple(doubts), folder, scales,
     )  # fmt: skip
 
 
@@ -288,7 +294,7 @@ def identity(conversion: QuantizedConversion) -> dict[str, Any]:
         "type": conversion.plan.spec.to_uri(),
         "layout": conversion.writer.id,
         "shards": request.shard_nbytes,
-        "options": [request.measure],
+        "options": [request.measure, *([sorted(conversion.scales.items())] if conversion.scales else [])],
         "contents": hashlib.sha256(contents.encode()).hexdigest(),
         "versions": versions(),
     }
@@ -437,7 +443,8 @@ def _made(conversion: QuantizedConversion, t: Target, decision: Decision) -> Mad
     source = source_value(conversion, t, spec)
     if isinstance(source, QuantizedWeight):
         entry = Entry(t.name, "copy", decision.reason, nbytes_in, source.nbytes, format_id=source.format_id)
-        return _laid_out(conversion.writer, source, entry, crc_of(source.tensors.values()))
+        beside = Assembled(t, conversion.source.open).beside
+        return _laid_out(conversion, source, entry, crc_of(source.tensors.values()), beside)
     crc = crc_of([source])
     if spec is None:
         check_finite(t.name, source)
@@ -445,11 +452,21 @@ def _made(conversion: QuantizedConversion, t: Target, decision: Decision) -> Mad
         return Made({t.name: source}, entry, crc=crc)
     weight, entry = quantize_tensor(t.name, source, spec, every=every_of(conversion))
     entry = dataclasses.replace(entry, reason=decision.reason, nbytes_in=nbytes_in)
-    return _laid_out(conversion.writer, weight, entry, crc)
+    return _laid_out(conversion, weight, entry, crc, {})
 
 
-def _laid_out(writer: Writer, weight: QuantizedWeight, entry: Entry, crc: int) -> Made:
-    return Made(writer.tensors(entry.name, weight), entry, writer.note(entry.name, weight), crc)
+def _laid_out(
+    conversion: QuantizedConversion, weight: QuantizedWeight, entry: Entry, crc: int, beside: Mapping[str, Tensor]
+) -> Made:
+    """Args:
+    beside: what the layer had beside its weight in the source.
+    """
+    writer, tensors = conversion.writer, {**beside}
+    if entry.name in conversion.scales:
+        tensors[INPUT_SCALE] = torch.tensor(conversion.scales[entry.name])
+    layer = entry.name.removesuffix("weight")
+    named = {f"{layer}{writer.beside_layers[role]}": t for role, t in tensors.items() if role in writer.beside_layers}
+    return Made(writer.tensors(entry.name, weight) | named, entry, writer.note(entry.name, weight), crc)
 
 
 def _kept_how(conversion: QuantizedConversion, t: Target) -> str:
@@ -465,7 +482,7 @@ def source_value(conversion: QuantizedConversion, t: Target, spec: QuantSpec | N
     """A target's values; the quantized layer itself where it is copied."""
     rows = Assembled(t, conversion.source.open)
     if spec is not None and t.name in conversion.copies:
-        held = rows.quantized
+        held = rows.quantized if rows.beside.keys() <= conversion.writer.beside_layers.keys() | {INPUT_SCALE} else None
         if held is not None and held.format_id == spec.format_id and _has_options(held, spec):
             return held
     if len(t.pieces) == 1 and t.pieces[0].source not in conversion.source.kinds:

@@ -32,7 +32,7 @@ from .gguf_header import GgufHeader, GgufTensor
 from .gguf_kind import kind_of, refuse_for_conversion
 from .gguf_layout import ORIG_SHAPE
 from .gguf_parts import read_gguf_parts
-from .layer_rows import LayerRows
+from .layer_rows import PRE_QUANT_SCALE, LayerRows
 from .layouts.target import Piece, Target, apply
 from .locate import Container, locate
 from .model_file import open_model
@@ -336,6 +336,8 @@ class Assembled:
             qdata = self.raw(0, self.rows)
             return QuantizedWeight(format_id(self.kind), {"qdata": qdata}, self._target.shape, self._target.dtype)
         layers = [s[0].layer for s in self._segments]
+        if not self.whole and any(layer is not None and PRE_QUANT_SCALE in layer.beside for layer in layers):
+            return None  # their inputs have factors of their own
         held = [layer.weight for layer in layers if layer is not None]
         if len(held) < len(layers) or len({w.format_id for w in held}) > 1:
             return None
@@ -343,6 +345,17 @@ class Assembled:
             return cat_rows([_rows_of(w, s) for w, s in zip(held, self._segments, strict=True)])
         except WeightError:  # the format does not keep rows apart: they are quantized again
             return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one source tensor as it is."""
+        return len(self._target.pieces) == 1 and self._target.pieces[0].whole
+
+    @property
+    def beside(self) -> Mapping[str, Tensor]:
+        """What one quantized layer, whole, has beside its weight; see `LayerRows`."""
+        layer = self._segments[0][0].layer if self.whole else None
+        return {} if layer is None else layer.beside
 
     def raw(self, start: int, stop: int) -> Tensor:
         """The blocks of rows [start, stop), uint8; only where `kind` is one."""

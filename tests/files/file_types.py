@@ -19,9 +19,9 @@ from quantwire.quantizers.files.locate import Container
 from scheme_files import edited
 from torch import Tensor
 
-# Relative error of one pass of the demo model, rounded up from what was measured: 0.012, 0.070 (all of its tensors are
-# cast) and 0.088.
-EIGHT, CAST, FOUR = 0.03, 0.1, 0.13
+# Relative error of one model call, rounded up from what was measured with the demo model and one of random weights:
+# 0.02, 0.18 (all of its tensors are cast) and 0.09.
+EIGHT, CAST, FOUR = 0.03, 0.25, 0.13
 DIFFUSERS, PACKAGE, LAYOUT = "diffusers", "the package", "by the published layout"
 FILE, FOLDER = "model.safetensors", "model"
 SHARD_NBYTES = 4_000_000
@@ -143,7 +143,7 @@ def _plain(cast: str, dtype: torch.dtype) -> FileType:
 def _bnb(kind: str, nested: bool = False) -> FileType:
     double = ";bits4-use-double-quant=true" if nested else ""
     uri = f"bnb;bits=4;bits4-quant-type={kind}{double}" if double else f"bnb-{kind}"
-    damage = lost(".SCB", "scale-missing") if kind == "int8" else lost(".absmax")
+    damage = lost(".SCB") if kind == "int8" else lost(".absmax")
     return FileType(
         f"bnb-{kind}{'-double' * nested}", f"bitsandbytes {kind}{', double quant' * nested}", DIFFUSERS,
         made.bnb(kind, nested), "bnb", kind, f"bnb-{kind}", EIGHT if kind == "int8" else FOUR,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quantwire.nodes import NODE_CLASS_MAPPINGS
 from quantwire.quantizers.errors import FileError, WorkflowError
 from quantwire.quantizers.files.calibration import read_calibration
 from quantwire.quantizers.files.imatrix import Imatrix, read_imatrix
+from safetensors import safe_open
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "full_precision.json"
 pytestmark = pytest.mark.usefixtures("host")
@@ -98,3 +100,22 @@ def test_the_same_recording_makes_a_calibration(tmp_path: Path) -> None:
     nodes["4c"]["inputs"]["if_exists"] = "replace it"
     run(nodes)
     assert {n: x.amax for n, x in read_calibration(tmp_path / "out/scales/a.json").layers.items()} == before
+
+
+def test_a_calibration_goes_into_the_converted_file(tmp_path: Path, demo_models: Path) -> None:
+    folder = tmp_path / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    shutil.copy(demo_models / "diffusion_models" / "digits_flux.safetensors", folder / "copy.safetensors")
+    nodes = graph()
+    inputs = {"imatrix": ["2", 1], "after": ["11", 0], "filename": "scales/a", "if_exists": "add to it"}
+    nodes["4c"] = {"class_type": "SaveCalibration", "inputs": inputs}
+    convert = {"model_name": "diffusion_models/copy.safetensors", "type": "comfy-fp8-e4m3fn"}
+    convert |= {"output_name": "calibrated.safetensors", "calibration_name": ["4c", 0]}
+    nodes["5c"] = {"class_type": "ConvertModel", "inputs": convert}
+    run(nodes)
+    found = read_calibration(tmp_path / "out" / "scales" / "a.json")
+    with safe_open(folder / "calibrated.safetensors", "pt") as file:
+        scales = {n: float(file.get_tensor(n)) for n in file.keys() if n.endswith("input_scale")}  # noqa: SIM118
+    assert scales
+    for name, scale in scales.items():
+        assert scale == pytest.approx(found.layers[name.replace("input_scale", "weight")].amax / 448, rel=1e-6)

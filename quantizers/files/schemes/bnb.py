@@ -52,7 +52,7 @@ class BnbScheme:
             elif "quant_map" in lasts and f"{group}{STATE}" not in file.groups:
                 text = f"'{group}{STATE}.{KEY}nf4' (or fp4), which has shape and block size, is missing."
                 yield from _unusable(file, group, Fault("quant-state-missing", group, text, _FAILS))
-            elif "SCB" in lasts:
+            elif "SCB" in lasts or ("weight_format" in lasts and file.has(f"{group}.weight", "I8")):
                 yield from _int8(file, group, threshold)
 
     def weight(self, layer: Layer, read: Read) -> QuantizedWeight:

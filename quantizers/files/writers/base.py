@@ -28,6 +28,11 @@ class Writer(Protocol):
         ...
 
     @property
+    def beside_layers(self) -> Mapping[str, str]:
+        """What a layer may have beside its weight (`input_scale`, `pre_quant_scale`) -> the last part of its name."""
+        ...
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Formats whose weights it can hold."""
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ...registry import format_ids, get_entry, get_quantizer
 from ...weight import QuantizedWeight
+from ..layer_rows import INPUT_SCALE, PRE_QUANT_SCALE
 from .layout import Layout, module_of
 
 BACKEND = "comfy"
@@ -36,6 +38,7 @@ class ComfyWriter(Layout):
     id = "comfy"
     title = "ComfyUI's own files, comfy_quant tensors"
     formats = tuple(f for f in format_ids() if get_entry(f).backend == BACKEND)
+    beside_layers = MappingProxyType({INPUT_SCALE: "input_scale", PRE_QUANT_SCALE: "pre_quant_scale"})
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         raw = json.dumps(self.note(name, weight)).encode()

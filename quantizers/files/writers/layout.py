@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -17,6 +18,8 @@ class Layout:
     id: str
     title: str
     formats: tuple[str, ...]
+    # What a layer may have beside its weight, `LayerRows.beside` -> the last part of its name in the file.
+    beside_layers: Mapping[str, str] = MappingProxyType({})
     in_folders = False  # whether loaders of components' folders read it
 
     def refuse(self, weight_format: str, options: Mapping[str, Any]) -> str | None:

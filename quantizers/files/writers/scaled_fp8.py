@@ -10,12 +10,14 @@ takes every such weight for e4m3fn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...weight import QuantizedWeight
+from ..layer_rows import INPUT_SCALE
 from .layout import Layout, module_of
 
 FORMAT = "comfy-fp8-e4m3fn"
@@ -26,6 +28,7 @@ class ScaledFp8Writer(Layout):
     id = "scaled-fp8"
     title = "scaled fp8, for older hosts"
     formats = (FORMAT,)
+    beside_layers = MappingProxyType({INPUT_SCALE: "scale_input"})
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         scale = weight.tensors["scale"].to(torch.float32).reshape(())

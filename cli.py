@@ -79,6 +79,19 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(dest="command", required=True)
 
+    # Only what is asked for is made: to show all the help takes longer than to look into a file.
+    first = argv[0] if argv else ""
+    one = first in COMMANDS
+    if not one:
+        _add_run(commands, common)
+    for name in (first,) if one else COMMANDS:
+        importlib.import_module(f".commands.{name}", __package__).add_parser(commands, common)
+    if not one:
+        _add_lists(commands, common)
+    return parser
+
+
+def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     run = commands.add_parser("run", parents=[common], help="run a workflow in API form")
     run.add_argument("workflow", type=Path, metavar="WORKFLOW.json")
     run.add_argument(
@@ -91,11 +104,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on a ComfyUI server, such as http://127.0.0.1:8188")
     run.set_defaults(handler=_run)
 
-    # Only what is asked for is imported: to show all the help takes longer than to look into a file.
-    first = argv[0] if argv else ""
-    for name in (first,) if first in COMMANDS else COMMANDS:
-        importlib.import_module(f".commands.{name}", __package__).add_parser(commands, common)
 
+def _add_lists(commands: Any, common: argparse.ArgumentParser) -> None:
     formats = commands.add_parser("formats", parents=[common], help="list the formats and whether they run here")
     formats.add_argument("--json", action="store_const", const=Path("-"), help="print a list of id, works, reason")
     formats.add_argument("--verbose", action="store_true", help="show the kernel of each format's product, and why")
@@ -104,7 +114,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     helper = commands.add_parser("help", parents=[common], help="backends, their formats and arguments")
     helper.add_argument("backends", nargs="*", metavar="BACKEND", help="backend or format; none lists the backends")
     helper.set_defaults(handler=_help)
-    return parser
 
 
 class _ShowVersion(argparse.Action):

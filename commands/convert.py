@@ -24,7 +24,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="convert a model file to GGUF, to quantized safetensors of any format, or back",
         description=(
             "Convert a model file. IN is a safetensors file, a *.safetensors.index.json, a folder of diffusers, or a "
-            ".gguf file; OUT ends in .gguf or .safetensors. An interrupted conversion continues when it is run again."
+            ".gguf file; OUT ends in .gguf or .safetensors, or is a folder, which gets diffusers' layout. An "
+            "interrupted conversion continues when it is run again."
         ),
     )
     parser.add_argument("source", type=Path, metavar="IN")

@@ -279,7 +279,12 @@ def _quantize_source(
 
 
 def quantize_tensor(
-    name: str, w: Tensor, spec: QuantSpec, importance: Tensor | None = None, every: int = 1
+    name: str,
+    w: Tensor,
+    spec: QuantSpec,
+    importance: Tensor | None = None,
+    every: int = 1,
+    quantize: Callable[[Tensor, QuantSpec], QuantizedWeight] | None = None,
 ) -> tuple[QuantizedWeight, Entry]:
     """Quantize one weight and measure what it cost.
 
@@ -288,6 +293,7 @@ def quantize_tensor(
         w: (N, K) float32, float16 or bfloat16; not modified.
         importance: (K,) float32, how much the error of a column counts.
         every: measure one row in so many; all of them where a value is so large that a result may not be finite.
+        quantize: in place of the format's own `quantize`, with the same result.
     Raises:
         WeightError: nan or inf in the weight, another dtype, or a result that is not finite or worse than zeros.
         SpecError: the format cannot hold this shape, or takes no importance matrix.
@@ -302,7 +308,7 @@ def quantize_tensor(
     check_finite(name, w)
     try:
         if importance is None:
-            weight = remember(quantizer.quantize(w, spec), spec)
+            weight = remember((quantize or quantizer.quantize)(w, spec), spec)
         else:
             weight = remember(quantizer.quantize_weighted(w, spec, importance), spec)
     except WeightError as err:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...quantizers.compat.modes import Carrier
 from ...quantizers.errors import FileError, SpecError
 from ...quantizers.files.gguf_model import in_rows
-from ...quantizers.files.layouts.target import Value
+from ...quantizers.files.quantized_file import Value
 from ...quantizers.files.text_encoder import TextFile, is_gguf, open_text_encoder, refuse_for_text_encoder
 from ...quantizers.files.vocabulary import wanted_tokenizer
 from ...quantizers.plan import sensitive_reason

@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from ...quantizers.apply import FLOAT_DTYPES, REPORTED_TOKENS, make_layer
 from ...quantizers.compat.modes import Carrier
-from ...quantizers.errors import FileError, SpecError
+from ...quantizers.errors import FileError, SpecError, WeightError
 from ...quantizers.files.gguf_model import Value, dequantized
 from ...quantizers.files.layouts.target import Target, assemble
 from ...quantizers.files.locate import Container
 from ...quantizers.files.model_file import open_model
+from ...quantizers.files.numbers import check_codes, check_scales
 from ...quantizers.files.schemes.base import Layer
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.registry import get_entry, get_quantizer, require, require_reader
@@ -57,7 +59,8 @@ def load_quantized(
         progress: wraps the work list.
     Raises:
         FileError: damaged, not quantized, or a model or a scheme that is not loaded here.
-        SpecError, BackendUnavailable, WeightError: the carrier or a library cannot hold the weights here.
+        SpecError, BackendUnavailable: the carrier or a library cannot hold the weights here.
+        WeightError: rows that the model needs together and the format does not keep so; nan or inf.
     """
     start = time.perf_counter()
     file = open_model(path)
@@ -68,8 +71,11 @@ def load_quantized(
     plan = _plan(source)
     made = _Made({}, {}, [], [])
     targets = list(source.targets.values())
-    for target in progress(targets, len(targets)) if progress else targets:
-        _take(source, plan, target, made)
+    try:
+        for target in progress(targets, len(targets)) if progress else targets:
+            _take(source, plan, target, made)
+    except WeightError as err:
+        raise WeightError(f"{source.name}: {err}") from err
     file.check_unchanged()
     options = {"dtype": plan.dtype, "custom_operations": operations(plan.compute)}
     patcher = _patcher(made.state, options, source, disable_dynamic)
@@ -134,8 +140,14 @@ def _probe(source: Source, target: Target) -> Tensor:
 
 
 def _plain(value: Value, dtype: torch.dtype) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else dequantized(value, dtype)
+    tensor = value if isinstance(value, Tensor) else _dequantized(value, dtype)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _dequantized(value: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    if get_entry(value.format_id).backend == "gguf":
+        return dequantized(value, dtype)
+    return get_quantizer(value.format_id).dequantize(value, dtype)
 
 
 def _weight_dtype(source: Source) -> torch.dtype | None:
@@ -179,8 +191,12 @@ def _take(source: Source, plan: Plan, target: Target, made: _Made) -> None:
     layers = source.layers_of(target)
     place = plan.places.get(name, "")
     shape = plan.shapes.get(place)
-    value = _unpadded(source, target, shape) or assemble(target, source.scan.read)
-    reason = ""
+    mixed = _mixed(source, target)
+    read = _checked(source, plan.dtype if mixed else None)
+    value = _unpadded(source, target, shape) or assemble(target, read)
+    reason = f"its parts in the file are {mixed}, which cannot be one weight" if mixed else ""
+    if mixed:
+        _refuse_scaled_input(source, name, reason, layers)
     if isinstance(value, QuantizedWeight):
         kind = f"{source.scan.scheme(layers[0]).title}: {layers[0].type}"
         why = _why_plain(value, place in plan.linear, shape)
@@ -190,8 +206,7 @@ def _take(source: Source, plan: Plan, target: Target, made: _Made) -> None:
             entry = Entry(name, "quantize", kind, value.numel * 2, value.nbytes, format_id=value.format_id)
             made.entries.append(entry)
             return
-        if any("pre_quant_scale" in _scales(layer) for layer in layers):
-            raise FileError(f"{path.name}: '{name}': {kind} is {why}, and its input is scaled, which only linear can.")
+        _refuse_scaled_input(source, name, f"{kind} is {why}", layers)
         reason = f"{kind} in the file: {why}"
     tensor = in_shape(path, name, _plain(value, plan.dtype), shape)
     made.state[name] = tensor
@@ -200,6 +215,40 @@ def _take(source: Source, plan: Plan, target: Target, made: _Made) -> None:
         return
     kept = sensitive_reason(name.removesuffix(".weight")) or "plain in the file"
     made.entries.append(Entry(name, "keep", kept, tensor.nbytes, tensor.nbytes))
+
+
+def _mixed(source: Source, target: Target) -> str:
+    """The formats of the parts of a target, where they are several: no weight can be in more than one."""
+    if len(target.pieces) == 1:
+        return ""
+    layers = [source.layers.get(piece.source) for piece in target.pieces]
+    kinds = dict.fromkeys(layer.format_id if layer is not None else "plain" for layer in layers)
+    return ", ".join(kinds) if len(kinds) > 1 else ""
+
+
+def _checked(source: Source, dtype: torch.dtype | None) -> Callable[[str], Value]:
+    """Reads sources; with a dtype, quantized ones dequantized to it.
+
+    Raises:
+        WeightError: nan or inf.
+    """
+
+    def read(name: str) -> Value:
+        value = source.scan.read(name)
+        if not isinstance(value, QuantizedWeight):
+            return value
+        _check(source, source.layers[name], value)
+        return value if dtype is None else _plain(value, dtype)
+
+    return read
+
+
+def _refuse_scaled_input(source: Source, name: str, what: str, layers: list[Layer]) -> None:
+    """Raises:
+    FileError: layers that are dequantized, and whose input is scaled by columns.
+    """
+    if any("pre_quant_scale" in _scales(layer) for layer in layers):
+        raise FileError(f"{source.name}: '{name}': {what}, and its input is scaled, which only quantized linear can.")
 
 
 def _unpadded(source: Source, target: Target, shape: tuple[int, ...] | None) -> QuantizedWeight | None:
@@ -212,7 +261,18 @@ def _unpadded(source: Source, target: Target, shape: tuple[int, ...] | None) -> 
     step = PADDED[layer.format_id]
     if any(-(-n // step) * step != -(-held // step) * step for n, held in zip(shape, layer.shape, strict=True)):
         return None
-    return source.scan.scheme(layer).weight(dataclasses.replace(layer, shape=shape), source.file.read)
+    value = source.scan.scheme(layer).weight(dataclasses.replace(layer, shape=shape), source.file.read)
+    _check(source, layer, value)
+    return value
+
+
+def _check(source: Source, layer: Layer, value: QuantizedWeight) -> None:
+    """Raises:
+    WeightError: nan or inf in scales, or in codes that are 8-bit floats.
+    """
+    check_scales(layer.name, value, codes=False)
+    for name in layer.tensors.values():
+        check_codes(layer.name, source.file.entries[name])
 
 
 def _why_plain(value: QuantizedWeight, linear: bool, shape: tuple[int, ...] | None) -> str:

@@ -130,7 +130,8 @@ def _refuse_faults(source: Source) -> None:
         other = name in source.left or (name in source.scan.layers and name not in source.layers)
         if fault.fatal and not other and not any(n.startswith(f"{name}.") for n in source.left if name):
             more = sum(f.fatal for f in source.scan.faults) - 1
+            where = f"'{name}': " if name and f"'{name}'" not in fault.text else ""
             raise FileError(
-                f"{source.name}: '{name}': {fault.text.rstrip('.')}{f' (and {more} more faults)' if more else ''}.\n"
+                f"{source.name}: {where}{fault.text.rstrip('.')}{f' (and {more} more faults)' if more else ''}.\n"
                 f"`quantwire doctor {source.file.path}` tells what is wrong, and mends it where the mend is certain."
             )

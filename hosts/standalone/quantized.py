@@ -26,10 +26,10 @@ from ...quantizers.files.architectures import Found, comfyui_targets, recognise
 from ...quantizers.files.layouts.target import Piece, Target, assemble
 from ...quantizers.files.locate import Container
 from ...quantizers.files.model_file import open_model
+from ...quantizers.files.numbers import check_plain, check_scales
 from ...quantizers.files.quantized_file import DTYPES
 from ...quantizers.files.schemes.base import Layer
 from ...quantizers.files.schemes.scan import Scan, scan
-from ...quantizers.kernels.compare import finite
 from ...quantizers.meta import TensorMeta
 from ...quantizers.plan import sensitive_reason
 from ...quantizers.registry import get_quantizer, require, require_reader
@@ -62,7 +62,10 @@ def load_quantized(
     source = _source(scan(file))
     _refuse(source, carrier)
     model = flux.build(source.config)
-    made = _take(source, model, progress)
+    try:
+        made = _take(source, model, progress)
+    except WeightError as err:
+        raise WeightError(f"{source.name}: {err}") from err
     check_complete(model, made.state, made.quantized, source.name, source.unused)
     fill(model, made.state, made.quantized, carrier, maker)
     file.check_unchanged()
@@ -325,30 +328,6 @@ class _Reader:
     def title(self, target: Target) -> str:
         layer = self.scan.layers.get(target.pieces[0].source)
         return "" if layer is None else f"{self.scan.scheme(layer).title}, {layer.type},"
-
-
-def check_scales(name: str, weight: QuantizedWeight) -> None:
-    """Refuse nan and inf in what codes are multiplied with, and in codes that are 8-bit floats.
-
-    The codes of other formats cannot be nan, and dequantizing a weight to look at it would take its size again.
-
-    Raises:
-        WeightError: names the tensor.
-    """
-    for part, tensor in weight.tensors.items():
-        if tensor.is_floating_point() and (part != "qdata" or tensor.itemsize == 1) and not finite(tensor):
-            raise WeightError(
-                f"'{name}': its {part} holds nan or inf, so its values are not numbers.\n"
-                "The file is damaged, or its weights overflowed when it was made; get another one."
-            )
-
-
-def check_plain(name: str, tensor: Tensor) -> None:
-    """Raises:
-    WeightError: nan or inf.
-    """
-    if not finite(tensor):
-        raise WeightError(f"'{name}': holds nan or inf.\nThe file is damaged; get another one.")
 
 
 def _scales_input(found: Scan, layer: Layer) -> bool:

@@ -7,7 +7,7 @@ first, and what is no model is named: LoRAs by their kind, ControlNets, VAEs, im
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ class Component(str, Enum):
     DIFFUSION = "diffusion model"
     TEXT = "text encoder"
     VAE = "VAE"
+    VOCODER = "vocoder"
     LORA = "LoRA"
     CONTROLNET = "ControlNet"
     CLIP_VISION = "image encoder"
@@ -42,7 +43,7 @@ class Part(NamedTuple):
 
     Attributes:
         family: the model, or what kind of it; empty where nothing tells.
-        layout: of the names: "comfyui", "diffusers", "transformers", "llama.cpp", or empty.
+        layout: of the names: "comfyui", "diffusers", "transformers", "openclip", "nunchaku", "llama.cpp", or empty.
         prefix: before all of its names.
         tensors, nbytes: of the file, scales and the like included.
         detail: what else its header tells, for people.
@@ -63,7 +64,7 @@ TITLES = {
     **{"wan": "Wan", "qwen_image": "Qwen-Image", "lumina2": "Lumina 2", "z-image": "Z-Image", "pixart": "PixArt"},
     **{"sd1": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL", "t5": "T5", "t5encoder": "T5 encoder"},
     **{"qwen3vl": "Qwen3-VL", "qwen3": "Qwen3", "qwen2vl": "Qwen2-VL", "gemma": "Gemma", "gemma2": "Gemma 2"},
-    **{"gemma3": "Gemma 3", "llama": "Llama"},
+    **{"gemma3": "Gemma 3", "llama": "Llama", "sana": "Sana"},
 }
 
 # The parts of checkpoints, as ComfyUI, the original trainers and converters call them.
@@ -71,6 +72,9 @@ _SECTION = re.compile(
     r"(?P<ema>model_ema\.)"
     r"|(?P<model>model\.diffusion_model\.)"
     r"|(?P<vae>first_stage_model\.|vae\.)"
+    r"|(?P<audio>audio_vae\.)"
+    r"|(?P<vocoder>vocoder\.)"
+    r"|(?P<projection>text_embedding_projection\.)"
     r"|(?P<text>cond_stage_model\.|conditioner\.embedders\.\d+\.|text_encoders\.[^.]+\.|text_encoder(_\d)?\.)"
     r"|(?P<vision>(clip_vision|image_encoder)\.)"
 )
@@ -113,6 +117,16 @@ _NAMED: tuple[tuple[Component, str, tuple[str, ...]], ...] = (
         ),
     ),
 )
+# FLUX as nunchaku fuses its layers, and what its files call their models.
+_NUNCHAKU_FLUX = (r"^transformer_blocks\.0\.qkv_proj_context\.", r"^single_transformer_blocks\.0\.qkv_proj\.")
+NUNCHAKU_MODELS = {
+    "nunchakufluxtransformer2dmodel": (Component.DIFFUSION, "flux"),
+    "nunchakufluxtransformer2dmodelv2": (Component.DIFFUSION, "flux"),
+    "nunchakuqwenimagetransformer2dmodel": (Component.DIFFUSION, "qwen_image"),
+    "nunchakuzimagetransformer2dmodel": (Component.DIFFUSION, "z-image"),
+    "nunchakusanatransformer2dmodel": (Component.DIFFUSION, "sana"),
+    "nunchakut5encodermodel": (Component.TEXT, "t5encoder"),
+}
 _WIDTHS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "CLIP-G"}
 # LoRA kinds: (kind, patterns); the first that is there counts, since LoKr and LoHa files hold nothing of the others.
 _LORA_KINDS = (
@@ -143,6 +157,14 @@ _LORA_FOR = (
 _LORA_SIGNS = ("lora", ".lokr_", ".hada_", "oft_", ".dora_scale")
 _CONTROLNET_SIGNS = ("control", "input_hint_block", "zero_convs")
 
+# What a prefix alone says, whatever is behind it.
+_BY_PREFIX = {
+    "ema": Part(Component.EMA),
+    "audio": Part(Component.VAE, "audio"),
+    "vocoder": Part(Component.VOCODER),
+    "projection": Part(Component.TEXT, detail="the projection of its output alone"),
+}
+
 
 def find_parts(shapes: Mapping[str, Shaped], nbytes: Mapping[str, int]) -> tuple[Part, ...]:
     """The components of a file, in the order of its names.
@@ -165,6 +187,16 @@ def find_parts(shapes: Mapping[str, Shaped], nbytes: Mapping[str, int]) -> tuple
     # A few tensors beside the parts of a checkpoint are its noise schedule and the like.
     known = [p for p in found if p.component is not Component.UNKNOWN]
     return tuple(known) if known else tuple(found)
+
+
+def is_in(name: str, part: Part, parts: Sequence[Part]) -> bool:
+    """Whether a tensor or layer belongs to a component rather than to another one of the file."""
+    return len(parts) == 1 or _start(name)[0] == _start(part.prefix)[0]
+
+
+def is_in_section(name: str) -> bool:
+    """Whether the name begins as those of one part of a checkpoint do."""
+    return bool(_start(name)[0])
 
 
 def _counted(part: Part, nbytes: Mapping[str, int]) -> Part:
@@ -202,8 +234,8 @@ def _sizes(nbytes: Mapping[str, int], sections: Iterable[str]) -> dict[str, tupl
 
 def _section(prefix: str, word: str, held: Mapping[str, Shaped]) -> Part:
     """One part of a checkpoint, or the whole of a file that has no such parts."""
-    if word == "ema":
-        return Part(Component.EMA, prefix=prefix)
+    if word in _BY_PREFIX:
+        return _BY_PREFIX[word]._replace(prefix=prefix)
     below = {name[len(prefix) :]: shape for name, shape in held.items()} if prefix else held
     part = identify(below)
     if part.component is not Component.UNKNOWN or not word:
@@ -226,6 +258,8 @@ def identify(shapes: Mapping[str, Shaped]) -> Part:
     if found is not None:
         component = Component.DIFFUSION if found.component == IMAGE else Component.TEXT
         return Part(component, found.family or found.architecture, found.layout, found.prefix)
+    if _any(_NUNCHAKU_FLUX, text):
+        return Part(Component.DIFFUSION, "flux", "nunchaku")
     named = _first(_NAMED, text)
     if named is None:
         embedding = _embedding(shapes)
@@ -262,7 +296,8 @@ def _vae(shapes: Mapping[str, Shaped]) -> Part:
 def _clip(shapes: Mapping[str, Shaped]) -> Part:
     embedding = _named(shapes, r"(^|\.)token_embedding\.weight$")
     width = embedding.shape[-1] if embedding is not None and len(embedding.shape) == 2 else 0
-    return Part(Component.TEXT, _WIDTHS.get(width, "CLIP"), "transformers", detail=f"{width} wide" if width else "")
+    layout = "transformers" if _any(_CLIP_TEXT[:1], "\n".join(shapes)) else "openclip"
+    return Part(Component.TEXT, _WIDTHS.get(width, "CLIP"), layout, detail=f"{width} wide" if width else "")
 
 
 def _embedding(shapes: Mapping[str, Shaped]) -> Part | None:

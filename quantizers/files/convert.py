@@ -41,6 +41,7 @@ from ..weight import QuantizedWeight
 from .convert_plan import DTYPES, Conversion, Request, source_nbytes
 from .gguf_layout import Place
 from .journal import Partial, partial
+from .locate import locate
 from .recipes import Choice
 from .sources import Assembled, Source, Stored, decode
 
@@ -109,8 +110,12 @@ def run_conversion(conversion: Conversion, advance: Advance | None = None) -> Qu
 
 
 def input_files(request: Request, source: Source) -> list[Path]:
-    """What must not be overwritten while it is read."""
+    """What must not be overwritten while it is read; an index and a folder's JSON files are read, too."""
     files = [request.source, *source.files] if source.files else []
+    if files:
+        found = locate(request.source)
+        files += [found.index] if found.index is not None else []
+        files += sorted(found.folder.glob("*.json")) if found.folder is not None else []
     return [*files, *(f for f in (request.imatrix, request.scales) if f is not None)]
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +25,14 @@ from ..report import MIB
 from ..rules import Rule
 from ..weight import TensorMeta
 from .architectures import OTHER_PARTS, PREFIXES, Found, comfyui_targets, detect, gguf_targets, recognise
+from .conversion_note import PROVENANCE, conversion_note
 from .diffusers_folder import folder_targets
 from .gguf_layout import QUANTIZATION_VERSION, Place, general_keys, layout, number, raw_keys, text, total_nbytes
 from .imatrix import Imatrix, read_imatrix
 from .layouts.llama_cpp import Heads
 from .layouts.target import Target
 from .quantized_file import NAMES
+from .quantized_source import QuantizedSource
 from .recipes import FLOATS, PLAIN, Choice, Recipe, choose, choose_plain, find_recipe, nbytes
 from .signatures import IMAGE, SIGNATURES
 from .sources import GgufSource, Source, open_source
@@ -47,9 +50,9 @@ from .text_keys import (
 )
 
 DTYPES = {name: dtype for dtype, name in PLAIN.items()}
-GGUF, SAFETENSORS = ".gguf", ".safetensors"
+GGUF, SAFETENSORS, SFT = ".gguf", ".safetensors", ".sft"  # the last is another name of the second
 SHOWN = 5
-STALE = ("_quantization_metadata", "quantization_config", "quantwire", "tensor_names")
+STALE = ("_quantization_metadata", "quantization_config", "quantwire", "tensor_names", PROVENANCE)
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,15 @@ def plan_conversion(request: Request) -> Conversion:
             f"{request.type} has no input_scale.\nLeave --scales out, or convert to a comfy-fp8 format or comfy-nvfp4."
         )
     refuse_target(request)
-    plain = request.target.suffix.lower() == SAFETENSORS
-    recipe = find_recipe(request.type, native_formats() if plain or request.type.lower().startswith("comfy") else ())
+    plain = request.target.suffix.lower() in (SAFETENSORS, SFT)
+    others = [f for f in format_ids() if get_entry(f).backend != "gguf"]
+    recipe = find_recipe(request.type, others if plain or request.type.lower().startswith("comfy") else ())
     if plain and recipe.name not in FLOATS:
+        alike = [f for f in others if recipe.name.lower().replace("_", "-") in f]
+        use = f"Use {' or '.join(alike)}" if alike else f"Use {', '.join(FLOATS)} or a format such as bnb-nf4"
         raise SpecError(
-            f"A safetensors file cannot hold the GGUF type {recipe.name}.\n"
-            f"Use {', '.join(FLOATS)} or a comfy format for {SAFETENSORS}, or name the target *{GGUF}."
+            f"A safetensors file cannot hold the GGUF type {recipe.name}.\n{use} for {SAFETENSORS}, or name the "
+            f"target *{GGUF}."
         )
     source = open_source(request.source)
     if any(_same(request.target, file) for file in source.files):
@@ -149,18 +155,16 @@ def plan_conversion(request: Request) -> Conversion:
     return plan_tensors(request, source, recipe)
 
 
-def native_formats() -> list[str]:
-    """The formats of ComfyUI's own quantized files."""
-    return [f for f in format_ids() if get_entry(f).backend == "comfy"]
-
-
 def refuse_target(request: Request) -> None:
     """Refuse a target that cannot be, or that is there and may not be replaced."""
     kind = request.target.suffix.lower()
-    if kind not in (GGUF, SAFETENSORS):
+    if kind not in (GGUF, SAFETENSORS, SFT):
         raise FileError(
-            f"'{request.target.name}': the target is a {GGUF} or {SAFETENSORS} file, got '{kind or 'no suffix'}'."
+            f"'{request.target.name}': the target is a {GGUF} or {SAFETENSORS} file, got '{kind or 'no suffix'}'.\n"
+            "A name without an ending of files is that of a folder, for formats that diffusers reads."
         )
+    if kind == SFT and request.shard_nbytes:
+        raise FileError(f"'{request.target.name}': several files end in {SAFETENSORS}, as their index does.")
     if request.target.is_dir():
         raise FileError(f"{request.target}: is a folder.\nGive the name of a file.")
     if _same(request.source, request.target):
@@ -205,7 +209,10 @@ def plan_tensors(
         head, places = layout([*_keys(request, source, model, recipe, extra)], tensors)
         total = total_nbytes(head, places)
     else:
-        head, places = safetensors_layout(tensors, metadata_strings(source), model.words)
+        asked = [*(f"{p} = keep" for p in request.exclude), *map(str, request.rules)]
+        note = conversion_note(source, request.source, recipe.name, "plain", asked)
+        strings = {**metadata_strings(source), PROVENANCE: json.dumps(note)}
+        head, places = safetensors_layout(tensors, strings, model.words)
         total = max((p.start + p.nbytes for p in places), default=len(head)) + model.words_nbytes
     more_notes, warnings = _remarks(request, source, found, choices, importance, imatrix)
     return Conversion(
@@ -267,6 +274,8 @@ def read_model(request: Request, source: Source) -> Model:
     _refuse_dtypes(source, targets)
     words, doubts = ({}, []) if gguf else tokenizers(found, source, [t.name for t in targets])
     warnings += [*doubts, *text_warnings(found, source, targets, gguf, doubt)]
+    if isinstance(source, QuantizedSource):
+        warnings += source.doubts
     if found.component == IMAGE:
         names = [t.name for t in targets]
         refuse_gaps(source.label, names)
@@ -276,6 +285,7 @@ def read_model(request: Request, source: Source) -> Model:
                 f"{len(missing)} tensors are missing in one block and there in all others like it: {_shown(missing)}; "
                 "loaders fill them with anything"
             )
+    warnings += _other_components(source, found, targets)
     notes = [*_left_out(source, found, targets, dropped), *(f"tokenizer: {name}" for name in words)]
     return Model(found, tuple(targets), heads, words, tuple(notes), tuple(warnings))
 
@@ -486,6 +496,24 @@ def _left_out(source: Source, found: Found, targets: Sequence[Target], dropped: 
     if buffers:
         notes.append(f"left out: {len(buffers)} integer buffers, such as {buffers[0]}")
     return notes
+
+
+COMPONENTS = (
+    ("the VAE", re.compile(r"^(first_stage_model|vae)\.")),
+    ("text encoders", re.compile(r"^(cond_stage_model|conditioner|text_encoders?)\.")),
+)
+
+
+def _other_components(source: Source, found: Found, targets: Sequence[Target]) -> list[str]:
+    """A warning where a checkpoint's other models are not in the new file, which then is no checkpoint."""
+    used = {p.source for t in targets for p in t.pieces}
+    left = [what for what, names in COMPONENTS if any(names.match(n) for n in source.metas if n not in used)]
+    if found.component != IMAGE or not left:
+        return []
+    return [
+        f"only the diffusion model is converted, without {' and '.join(left)}: put the new file into diffusion_models, "
+        f"and load {' and '.join(left)} from {source.label} or files of their own"
+    ]
 
 
 def _requantized(source: Source, c: Choice) -> bool:

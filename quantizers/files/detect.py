@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import FileError
 from ..meta import Shaped
-from .components import TITLES, Component, Part, find_parts
+from .components import NUNCHAKU_MODELS, TITLES, Component, Part, find_parts, is_in, is_in_section
 from .gguf_kind import Kind, kind_of
-from .loading import Loading, Stored, loadings, main_part
+from .loading import Loading, Stored, is_native, loadings, main_part
 from .locate import Container
 from .model_file import ModelFile, open_damaged, open_model
 from .name_hints import Content, contradictions
@@ -226,7 +227,7 @@ def part_title(part: Part) -> str:
 
 def _type_title(found: TypeFacts) -> str:
     """`bitsandbytes nf4`, without saying one word twice."""
-    words = found.type.lower().split()
+    words = found.type.lower().replace(",", " ").split()
     return " ".join([*(w for w in found.title.split() if w.lower() not in words), found.type])
 
 
@@ -281,27 +282,49 @@ def _parts(scanned: Scan) -> tuple[Part, ...]:
             component = Component.IMATRIX if kind is Kind.IMATRIX else Component.MMPROJ
             return (Part(component, tensors=len(sizes), nbytes=sum(sizes.values())),)
     shapes: dict[str, Shaped] = {name: file.entries[name] for name in scanned.plain}
-    return find_parts(shapes | dict(scanned.layers), sizes)
+    parts = find_parts(shapes | dict(scanned.layers), sizes)
+    named = NUNCHAKU_MODELS.get(file.metadata.get("model_class", "").lower())
+    if named is not None and len(parts) == 1 and parts[0].component is Component.UNKNOWN:
+        return (parts[0]._replace(component=named[0], family=named[1], layout="nunchaku", detail=""),)
+    return parts
 
 
 def _stored(scanned: Scan, parts: tuple[Part, ...], damage: str) -> Stored:
-    layers = scanned.layers.values()
+    main = main_part(parts)
+    layers, others = list[Layer](), list[Layer]()
+    for layer in scanned.layers.values():
+        (layers if is_in(layer.name, main, parts) else others).append(layer)
+    # A name that no other component has, such as one of the metadata, is about the main one.
+    faults = {x: None for x in scanned.faults if is_in(x.tensor, main, parts) or not is_in_section(x.tensor)}
     return Stored(
         scanned.file.container,
         parts,
-        # ComfyUI's own loaders leave out a `weight_scale` that no `comfy_quant` names.
-        frozenset(f"unnamed {x.scheme}" if x.options.get("style") == "new" else x.scheme for x in layers),
+        frozenset(map(_reading, layers)),
         frozenset(x.format_id for x in layers if x.format_id),
-        damage or _refused(scanned, main_part(parts).prefix),
+        damage or _refused(scanned, layers, faults),
+        # CheckpointLoaderSimple reads the other components too.
+        {
+            node: f"{x.text} {x.effect}"
+            for x in reversed(scanned.faults)
+            for node in x.misread_by
+            if x in faults or node == "CheckpointLoaderSimple"
+        },
+        is_native(map(_reading, others)),
     )
 
 
-def _refused(scanned: Scan, prefix: str) -> str:
+def _reading(layer: Layer) -> str:
+    """The scheme as ComfyUI's own loaders see it: they leave out a `weight_scale` that no `comfy_quant` names."""
+    return f"unnamed {layer.scheme}" if layer.options.get("style") == "new" else layer.scheme
+
+
+def _refused(scanned: Scan, layers: Iterable[Layer], faults: Iterable[Fault]) -> str:
     """Why a component cannot be loaded."""
-    layer = next((x for x in scanned.layers.values() if not x.format_id and x.name.startswith(prefix)), None)
+    told = {fault.text for fault in scanned.faults}
+    layer = next((x for x in layers if not x.format_id and x.why not in told), None)
     if layer is not None:
         return f"'{layer.name}' is {layer.type}: {layer.why}"
-    fault = next((x for x in scanned.faults if x.fatal and x.tensor.startswith(prefix)), None)
+    fault = next((x for x in faults if x.fatal), None)
     if fault is None:
         return ""
     return f"{fault.text} `quantwire doctor {scanned.file.path}` tells what is wrong, and what can be mended."
@@ -325,25 +348,35 @@ def _item_nbytes(dtype: str) -> int:
 
 
 def _warnings(scanned: Scan, types: tuple[TypeFacts, ...], damage: str) -> list[str]:
+    """One for all layers of a type in which the same is wrong."""
     found: list[str] = []
-    by_code: dict[str, list[Fault]] = {}
+    kinds: dict[tuple[str, str], list[Fault]] = {}
     for fault in scanned.faults:
-        by_code.setdefault(fault.code, []).append(fault)
-    for faults in by_code.values():
+        kinds.setdefault((fault.code, _type_of(scanned, fault.tensor)), []).append(fault)
+    for faults in kinds.values():
         if faults[0].text in damage:  # said already
             continue
         more = f" ({len(faults) - 1} more of this kind)" if len(faults) > 1 else ""
         found.append(f"{faults[0].text} {faults[0].effect}".strip() + more)
-    broken = [x for x in scanned.layers.values() if not x.format_id]
-    for why, layers in _by_reason(broken).items():
-        found.append(f"{len(layers)} layers such as '{layers[0].name}' ({layers[0].type}) cannot be loaded here: {why}")
+    told = {fault.text for fault in scanned.faults}
+    broken = [x for x in scanned.layers.values() if not x.format_id and x.why not in told]
+    for layers in _by_reason(broken).values():
+        what = f"{len(layers)} layers such as" if len(layers) > 1 else "The layer"
+        found.append(f"{what} '{layers[0].name}' ({layers[0].type}) cannot be loaded here: {layers[0].why}")
     return found + _name_warnings(scanned, types)
 
 
-def _by_reason(layers: list[Layer]) -> dict[str, list[Layer]]:
-    found: dict[str, list[Layer]] = {}
+def _type_of(scanned: Scan, tensor: str) -> str:
+    """Of the layer that a fault is about; empty where it is about none."""
+    names = (tensor, scanned.owner.get(tensor, ""), f"{tensor}.weight", f"{tensor.rpartition('.')[0]}.weight")
+    return next((scanned.layers[name].type for name in names if name in scanned.layers), "")
+
+
+def _by_reason(layers: list[Layer]) -> dict[tuple[str, ...], list[Layer]]:
+    """By type and why, whatever names and numbers are in it."""
+    found: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
-        found.setdefault(layer.why, []).append(layer)
+        found.setdefault((layer.scheme, layer.type, re.sub(r"'[^']*'|\d+", "", layer.why)), []).append(layer)
     return found
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +25,7 @@ from .architectures import DROPPABLE, OTHER_PARTS, Found
 from .layouts.flux import FLUX
 from .layouts.table import Rule
 from .layouts.target import Piece, Target, target
-from .locate import locate
+from .locate import PICKLES, locate
 from .model_file import CONFIG_NBYTES
 from .writers.layout import Layout
 
@@ -35,6 +37,10 @@ CONFIG = "config.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 STALE = ("quantization_config", "_name_or_path")
 HEAD_DIM = 128
+FILES = (".gguf", ".safetensors", ".sft", *PICKLES, ".json")  # what a target ends in that is meant as a file
+NAME_NBYTES = 255  # of most file systems
+PARTIAL_NBYTES = len(".partial.jsonl")
+SEVERAL_NBYTES = len("-00001-of-00002.partial")
 AXES_DIMS_ROPE = (16, 56, 56)
 _NUMBER = re.compile(r"\d+")
 _QK_NORM = re.compile(r"\.norm\.(query_norm|key_norm)\.weight$")
@@ -47,13 +53,31 @@ def into_folder(request: Request) -> Request:
         FileError: the target is a file of that name.
     """
     out = request.target
-    if out.suffix and not out.is_dir():
+    refuse_long(out, request.shard_nbytes > 0)
+    if _names_file(out) and not out.is_dir():
         return request
     if out.is_file():
         raise FileError(f"{out}: is a file, and a target without .gguf or .safetensors is a folder.")
+    held = locate(request.source).folder
+    if held is not None and out.is_dir() and out.samefile(held):
+        raise FileError(f"{out}: is the folder that is converted; nothing is done in place.\nGive another one.")
     config = _config_of(request.source)
     stem = TRANSFORMERS if config and "_class_name" not in config else DIFFUSERS
     return dataclasses.replace(request, target=out / f"{stem}.safetensors", folder=True)
+
+
+def _names_file(out: Path) -> bool:
+    """Whether a name ends as files do, or nearly so; `FLUX.1-dev-nf4` has a dot and does not."""
+    return bool(out.suffix) and bool(get_close_matches(out.suffix.lower(), FILES, cutoff=0.8))
+
+
+def refuse_long(out: Path, several: bool) -> None:
+    """Raises:
+    FileError: a name that leaves no room for the endings of the files that it is written through.
+    """
+    size, most = len(os.fsencode(out.name)), NAME_NBYTES - (SEVERAL_NBYTES if several else PARTIAL_NBYTES)
+    if size > most:
+        raise FileError(f"{out.name[:40]}...: the name has {size} bytes, at most {most} can be.\nGive a shorter one.")
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,30 @@ something; a `note` does not.
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from .edits import Edit, merged
-from .faults import Fault
+from .faults import STOCK_LOADERS, Fault
 from .fixes import Fixer
 from .model_file import ModelFile, open_damaged
 from .schemes.scan import scan
-from .whole_file import Found, metadata_format, misplaced, mixture, scale_forms
+from .whole_file import Found, marker_place, metadata_format, misplaced, mixture, parts, scale_forms
 
-_BREAKS = re.compile(r"(stops with an error|: noise)\.$")
 _REFUSED = "safetensors refuses the whole file, and with it every loader."
 _STRICT = (
     "safetensors refuses the whole file, and with it diffusers and transformers; ComfyUI's reader for dynamic VRAM "
     "takes it."
 )
+_NOT_HERE = "Not read by this pack; safetensors takes it."
 EFFECTS = {
-    **{f"header-{code}": _REFUSED for code in ("entry", "dtype", "shape", "offsets", "size", "name")},
+    **{f"header-{code}": _REFUSED for code in ("entry", "dtype", "shape", "offsets", "size")},
     **{f"header-{code}": _STRICT for code in ("hole", "overlap", "trailing", "metadata")},
+    **{f"header-{code}": _NOT_HERE for code in ("name", "dimensions")},
     "header-truncated": "safetensors refuses the whole file; ComfyUI says that it is corrupt or incomplete.",
     "header-duplicate": "Loaders take one of the two, and not all of them the same one.",
     "header-path": "Loads; who makes file names of it writes elsewhere.",
@@ -88,6 +89,7 @@ class Diagnosis:
     Attributes:
         tensors, layers: how many the header has, and how many of them are quantized weights.
         deep: the values of all tensors were read, not of the small ones alone.
+        state: of `file_state` of each file, from before it was looked at.
     """
 
     path: Path
@@ -95,6 +97,7 @@ class Diagnosis:
     layers: int
     deep: bool
     findings: tuple[Finding, ...]
+    state: Mapping[Path, dict[str, int]] = field(default_factory=lambda: dict[Path, dict[str, int]](), compare=False)
 
     @property
     def worst(self) -> Severity | None:
@@ -122,15 +125,18 @@ class Diagnosis:
         return "\n".join([f"{head}: {counts or 'nothing wrong found'}.", *map(str, self.findings)])
 
 
-def diagnose(path: Path, deep: bool = False) -> Diagnosis:
+def diagnose(path: Path, deep: bool = False, configs: Mapping[str, Mapping[str, Any]] | None = None) -> Diagnosis:
     """Look for everything that is known to be wrong in files.
 
     Args:
         deep: read the values of all tensors, and not of those up to 1 MiB alone.
+        configs: the JSON files of the component's folder, for a copy that stands elsewhere.
     Raises:
         FileError: no file of a model, or nothing of its header is readable.
     """
     file, headers = open_damaged(path)
+    if configs:
+        file = dataclasses.replace(file, configs=configs)
     faults = [fault for header in headers for fault in header.faults]
     codes = frozenset(fault.code for fault in faults)
     found = scan(file)
@@ -138,16 +144,15 @@ def diagnose(path: Path, deep: bool = False) -> Diagnosis:
     fixer = Fixer(file, found, raw, codes)
     results = [_from_header(fault, fixer) for fault in faults]
     if "header-truncated" not in codes:  # what is gone would be reported as wrong
-        own = [*misplaced(file, found), *scale_forms(file, found), *mixture(found)]
-        if headers:
-            own += metadata_format(file)
+        own = [*parts(file, headers), *misplaced(file, found), *scale_forms(file, found), *mixture(found)]
+        own += [*metadata_format(file, headers), *marker_place(file)]
         named = {module for fault, *_ in own if fault.code in _ORPHANS for module in (fault.tensor,)}
         results += own
         for fault in found.faults:
             if not (fault.code in _ORPHANS and _module(fault.tensor) in named):
                 results.append((fault, _severity(fault), fixer.fix(fault)))
         results += _values(file, fixer, deep)
-    return Diagnosis(path, len(file.entries), len(found.layers), deep, tuple(_grouped(results)))
+    return Diagnosis(path, len(file.entries), len(found.layers), deep, tuple(_grouped(results)), file.state)
 
 
 _ORPHANS = ("scale-without-weight", "prefix-mismatch", "weight-missing")
@@ -155,7 +160,7 @@ _ORPHANS = ("scale-without-weight", "prefix-mismatch", "weight-missing")
 
 def _severity(fault: Fault) -> str:
     """A layer that can be used here may still be one that ComfyUI cannot use."""
-    return "error" if fault.fatal or _BREAKS.search(fault.effect) else "warning"
+    return "error" if fault.fatal or set(STOCK_LOADERS) <= set(fault.misread_by) else "warning"
 
 
 def _module(tensor: str) -> str:

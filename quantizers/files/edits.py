@@ -37,6 +37,7 @@ class Edit:
         add: name -> tensor; one that is there is replaced.
         metadata: strings that are set.
         layers: layer -> its JSON in `_quantization_metadata`; None removes it.
+        drop: names of tensors that are left out.
     """
 
     rename: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
@@ -44,17 +45,22 @@ class Edit:
     add: Mapping[str, New] = field(default_factory=lambda: dict[str, New]())
     metadata: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: dict[str, Any]())
+    drop: frozenset[str] = frozenset()
 
 
 def merged(edits: Iterable[Edit]) -> Edit:
     """All of them; of two that set the same thing, the later one."""
-    total = Edit()
+    rename: dict[str, str] = {}
+    form: dict[str, Form] = {}
+    add: dict[str, New] = {}
+    metadata: dict[str, str] = {}
+    layers: dict[str, Mapping[str, Any] | None] = {}
+    drop: set[str] = set()
     for edit in edits:
-        total = Edit(
-            {**total.rename, **edit.rename},
-            {**total.form, **edit.form},
-            {**total.add, **edit.add},
-            {**total.metadata, **edit.metadata},
-            {**total.layers, **edit.layers},
-        )
-    return total
+        rename.update(edit.rename)
+        form.update(edit.form)
+        add.update(edit.add)
+        metadata.update(edit.metadata)
+        layers.update(edit.layers)
+        drop.update(edit.drop)
+    return Edit(rename, form, add, metadata, layers, frozenset(drop))

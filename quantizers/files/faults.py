@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Nodes of ComfyUI that open weights: most files that one of them misreads, all of them do.
+STOCK_LOADERS = ("UNETLoader", "CheckpointLoaderSimple", "CLIPLoader")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -15,6 +18,7 @@ class Fault:
         text: what is wrong: got and expected.
         effect: what a loader makes of it.
         fatal: whether the layer, or a file with such a header, cannot be used.
+        misread_by: nodes of ComfyUI's own that stop with an error at it, or make noise of it, where this pack does not.
     """
 
     code: str
@@ -22,3 +26,4 @@ class Fault:
     text: str
     effect: str = ""
     fatal: bool = True
+    misread_by: tuple[str, ...] = ()

@@ -186,13 +186,16 @@ def _head(facts: FileFacts) -> Iterable[tuple[str, str]]:
 def _loading(loading: Loading) -> str:
     if not loading.node:
         return f"{loading.host}: not loadable. {loading.note}"
-    missing = [x.package for x in loading.libraries if not x.installed]
+    missing = [x.package for x in loading.libraries if x.needed and not x.installed]
+    spared = [x.package for x in loading.libraries if not x.needed and not x.installed]
     there = [x.package for x in loading.libraries if x.installed]
     text = f"{loading.host}: {loading.node}, from the folder {loading.folder}"
     if there:
         text += f", with {', '.join(there)} (installed)"
     if missing:
         text += f", with {', '.join(missing)} (not installed: `pip install {' '.join(missing)}`)"
+    if spared:
+        text += f" ({', '.join(spared)} is not installed, and not needed to read it)"
     return f"{text}. {loading.note}".rstrip(". ") + "." if loading.note else text
 
 

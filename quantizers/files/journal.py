@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import FileError, QuantwireError
+from .former import former_files
 from .locks import locked
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ OTHERS = {
     "layout": "another layout",
     "shards": "another size of shards",
 }
+# A fault of the program, which the next run would meet again; what a host raises to interrupt is none of them.
+WRONG = (LookupError, TypeError, AttributeError, AssertionError, ValueError, ArithmeticError)
 SEAL = ""  # in place of a tensor's name
 BINARY = getattr(os, "O_BINARY", 0)
 
@@ -100,8 +103,10 @@ class Partial:
         alone: bool,
         resume: bool = False,
         parts: Sequence[tuple[Path, int]] = (),
+        stale: Iterable[str] = (),
     ) -> None:
         self.target = target
+        self._stale = list(stale)
         self.done: dict[str, Any] = {}
         self.note = ""
         self._seal: dict[str, Any] = {}
@@ -220,7 +225,7 @@ class Partial:
         for f in self._files:
             f.taken = False
         self.note = f"an interrupted conversion was started over: {why}"
-        _discard_other(self.target, was)
+        _discard_other(self.target, was, seal)
         self.discard()
         return 0
 
@@ -265,7 +270,8 @@ class Partial:
         for f in self._files:
             os.fsync(f.fd)
         inodes = [os.fstat(f.fd).st_ino for f in self._files]
-        self._seal = {"sizes": list(sizes), "inodes": inodes, "beside": dict(beside or {})}
+        stale = [*dict.fromkeys([*self._seal.get("stale", []), *self._stale])]  # an earlier run may have removed some
+        self._seal = {"sizes": list(sizes), "inodes": inodes, "beside": dict(beside or {}), "stale": stale}
         pending, self._pending = self._pending, []
         self._note([*pending, (SEAL, self._seal)])  # before sizes change: a later run would take that for damage
         self._join()
@@ -341,8 +347,9 @@ class Partial:
 
     def _take_names(self) -> None:
         beside: dict[str, str] = self._seal.get("beside", {})
+        stale = [*dict.fromkeys([*self._seal.get("stale", []), *self._stale])] if self._overwrite else []
         if self._overwrite and not self.taken:  # an old index of new files would be a lie
-            for name in beside:
+            for name in [*beside, *(n for n in stale if n.endswith(".json"))]:
                 self.target.with_name(name).unlink(missing_ok=True)
         for f in self._files:
             if not f.taken:
@@ -357,6 +364,8 @@ class Partial:
                 os.fsync(file.fileno())
             self._take_name(new, path)
             new.unlink(missing_ok=True)
+        for name in stale:
+            self.target.with_name(name).unlink(missing_ok=True)
 
     def _take_name(self, path: Path, target: Path) -> None:
         if self._overwrite:
@@ -440,12 +449,22 @@ def _are_whole(files: Iterable[_File], seal: Mapping[str, Any]) -> bool:
     return True
 
 
-def _discard_other(target: Path, was: Mapping[str, Any]) -> None:
-    """Remove the files of another conversion of this name, which may have had others than this one."""
+def _discard_other(target: Path, was: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
+    """Remove the files of another conversion of this name, which may have had others than this one.
+
+    Of those that had taken their names when it was killed, too: a seal knows them by inode and size.
+    """
     names: list[Any] = was.get("files", [])
-    for name in names:
-        if isinstance(name, str) and Path(name).name == name:
-            target.with_name(f"{name}.partial").unlink(missing_ok=True)
+    sealed = list(zip(seal.get("inodes", []), seal.get("sizes", []), strict=False))
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or Path(name).name != name:
+            continue
+        target.with_name(f"{name}.partial").unlink(missing_ok=True)
+        path = target.with_name(name)
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if i < len(sealed) and (found.st_ino, found.st_size) == sealed[i]:
+                path.unlink()
 
 
 def _difference(was: Mapping[str, Any], head: Mapping[str, Any]) -> str:
@@ -508,11 +527,12 @@ def lock_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial.lock")
 
 
-def refuse_names(target: Path, inputs: Iterable[Path], parts: Iterable[Path] = ()) -> None:
+def refuse_names(target: Path, inputs: Iterable[Path], parts: Iterable[Path] = (), others: Iterable[Path] = ()) -> None:
     """Refuse names that are taken.
 
     Args:
         parts: the files of a conversion into several.
+        others: files that are replaced or removed when these take their names.
     Raises:
         FileError: the target, or a name that it is written through, is a file that is read; or the lock is not ours.
     """
@@ -520,6 +540,7 @@ def refuse_names(target: Path, inputs: Iterable[Path], parts: Iterable[Path] = (
     lock = lock_of(target)
     names = [(target, ending) for ending in ("", ".partial", ".partial.jsonl", ".partial.lock")]
     names += [(part, ending) for part in parts for ending in ("", ".partial")]
+    names += [(other, "") for other in others]
     for named, ending in names:
         path = named.with_name(f"{named.name}{ending}")
         for file in given:
@@ -559,6 +580,7 @@ def partial(
     resume: bool = False,
     parts: Sequence[tuple[Path, int]] = (),
     beside: Iterable[str] = (),
+    stale: Iterable[str] = (),
 ) -> Generator[Partial]:
     """Write `target` inside the block; it takes its name at the end of it.
 
@@ -576,6 +598,8 @@ def partial(
         parts: files and their sizes that are written in place of `target`, which then is only what they go by; all in
             its folder.
         beside: names of the small files that `Partial.seal` will be given.
+        stale: names of files that would say something wrong of the new ones; removed with `overwrite`, as an index and
+            shards of the same name are.
     Raises:
         FileError: it cannot be written, is there already, or somebody else is writing it; `target` is as it was.
     """
@@ -583,20 +607,22 @@ def partial(
     def waiting() -> None:
         raise FileError(f"{target}: another conversion is writing this file.\nWait until it is done.")
 
-    refuse_names(target, inputs, [path for path, _ in parts])
+    written = [*([path for path, _ in parts] or [target]), *(target.with_name(name) for name in beside)]
+    old = [*former_files(target, written), *(path for name in stale if (path := target.with_name(name)).exists())]
+    refuse_names(target, inputs, [path for path, _ in parts], [*written, *old])
     if parts:
         head = {**head, "files": [path.name for path, _ in parts]}
-    written = [*([path for path, _ in parts] or [target]), *(target.with_name(name) for name in beside)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock_of(target), waiting) as alone:
             if not overwrite:
-                refuse_existing(target, written)
-            opened = Partial(target, total, head, resumable, overwrite, restart, alone, resume, parts)
+                refuse_existing(target, [*written, *old])
+            names = [path.name for path in old]
+            opened = Partial(target, total, head, resumable, overwrite, restart, alone, resume, parts, names)
             try:
                 yield opened
                 opened.commit()
-            except (QuantwireError, OSError):
+            except (QuantwireError, OSError, *WRONG):
                 opened.close(keep=False)
                 raise
             except BaseException:

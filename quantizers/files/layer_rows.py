@@ -17,6 +17,7 @@ from ..weight import QuantizedWeight
 # more than so many times as many.
 SPREAD = 4
 INPUT_SCALE, PRE_QUANT_SCALE = "input_scale", "pre_quant_scale"
+FULL_PRECISION = "full_precision_matrix_mult"  # a flag: the host is not to quantize the layer's inputs
 
 
 class LayerRows:
@@ -28,7 +29,8 @@ class LayerRows:
     Attributes:
         weight: (N, K), on a map of the file as far as the format's tensors stand there as they are.
         beside: what the layer has beside its weight: `input_scale`, a number for its inputs, and `pre_quant_scale`,
-            (K,) factors of its inputs, which are in `values`: they belong to the columns of the weight that was.
+            (K,) factors of its inputs, which are in `values`: they belong to the columns of the weight that was;
+            `full_precision_matrix_mult`, one element, where it is asked for.
     """
 
     def __init__(self, weight: QuantizedWeight, beside: Mapping[str, Tensor] = MappingProxyType({})) -> None:

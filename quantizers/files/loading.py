@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .components import Component, Part
@@ -16,8 +17,8 @@ from .locate import Container
 COMFYUI, STANDALONE = "ComfyUI", "quantwire run"
 # What ComfyUI's own loaders read: beginnings of the schemes' ids.
 NATIVE = ("comfy", "scaled-fp8", "plain-fp8")
-# Backend, which a format's id begins with -> (package, module) that its weights need to be multiplied with. GGUF blocks
-# and casts to fp8 need torch alone.
+# Backend, which a format's id begins with -> (package, module) that makes its weights. GGUF blocks and casts to fp8 are
+# made by torch alone.
 LIBRARIES = {
     "bnb": ("bitsandbytes", "bitsandbytes"),
     "quanto": ("optimum-quanto", "optimum.quanto"),
@@ -26,7 +27,13 @@ LIBRARIES = {
     "torchao": ("torchao", "torchao"),
     "nncf": ("nncf", "nncf"),
 }
+# The others' weights are restored and multiplied by the pack itself where their package is missing (`probe_reading` of
+# each backend).
+NEEDED_TO_READ = ("sdnq",)
 NVFP4 = "comfy-nvfp4"
+# Before the names of a diffusion model, as ComfyUI's loaders know them (comfy/model_detection.py,
+# unet_prefix_from_state_dict at 0.33).
+_PREFIXES_IN_COMFYUI = ("model.diffusion_model.", "model.model.", "net.", "model.")
 # Layouts of diffusers that ComfyUI's UNETLoader knows too (comfy/model_detection.py, convert_diffusers_mmdit and
 # model_config_from_diffusers_unet at 0.33).
 _DIFFUSERS_IN_COMFYUI = ("aura", "pixart", "z-image", "flux", "sd3", "sd1", "sdxl")
@@ -48,12 +55,19 @@ _OTHER = {
 }
 _CONVERT = "Make a file that is: `quantwire convert FILE OUT.safetensors --type BF16`, or another type."
 
+_MEND = f"`quantwire doctor FILE --repair OUT` mends that where it is certain. {_CONVERT}"
+
 
 class Library(NamedTuple):
-    """A package that loading needs."""
+    """A package whose weights a file holds.
+
+    Attributes:
+        needed: whether they cannot be read without it.
+    """
 
     package: str
     installed: bool
+    needed: bool
 
 
 class Loading(NamedTuple):
@@ -62,7 +76,7 @@ class Loading(NamedTuple):
     Attributes:
         node: that opens it; empty where none does.
         folder: model folder where the node looks.
-        libraries: that this takes beside torch, with whether they are installed here.
+        libraries: of the weights that are loaded, with whether they are installed here and whether that is needed.
         note: why nothing opens it and what to do; or what is left out.
     """
 
@@ -74,12 +88,14 @@ class Loading(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What decides how a file is loaded.
+    """What decides how a file is loaded; of the component that it is for, where nothing else is said.
 
     Attributes:
         schemes: ids of the schemes of its quantized layers.
         formats: of ours that its layers are in.
-        refused: why layers of the component that the file is for cannot be loaded, empty where all can.
+        refused: why layers cannot be loaded, empty where all can.
+        misread: node of ComfyUI that misreads the file -> what is wrong and what the node makes of it.
+        others_native: whether ComfyUI's own loaders read the file's other components.
     """
 
     container: Container
@@ -87,6 +103,8 @@ class Stored(NamedTuple):
     schemes: frozenset[str]
     formats: frozenset[str]
     refused: str
+    misread: Mapping[str, str] = MappingProxyType({})
+    others_native: bool = True
 
 
 def loadings(stored: Stored) -> tuple[Loading, ...]:
@@ -108,9 +126,10 @@ def main_part(parts: Sequence[Part]) -> Part:
 
 
 def libraries(formats: Iterable[str]) -> tuple[Library, ...]:
-    """What loading weights of these formats takes, with whether it is there."""
-    needed = dict.fromkeys(LIBRARIES[b] for b in (f.partition("-")[0] for f in sorted(formats)) if b in LIBRARIES)
-    return tuple(Library(package, is_installed(module)) for package, module in needed)
+    """Whose weights of these formats are, with whether it is there."""
+    backends = dict.fromkeys(b for b in (f.partition("-")[0] for f in sorted(formats)) if b in LIBRARIES)
+    found = ((*LIBRARIES[b], b in NEEDED_TO_READ) for b in backends)
+    return tuple(Library(package, is_installed(module), needed) for package, module, needed in found)
 
 
 def is_installed(module: str) -> bool:
@@ -126,8 +145,9 @@ def is_installed(module: str) -> bool:
     return spec is not None
 
 
-def _is_native(stored: Stored) -> bool:
-    return all(scheme.startswith(NATIVE) for scheme in stored.schemes)
+def is_native(schemes: Iterable[str]) -> bool:
+    """Whether ComfyUI's own loaders read all of these schemes."""
+    return all(scheme.startswith(NATIVE) for scheme in schemes)
 
 
 def _whole_checkpoint(stored: Stored) -> bool:
@@ -141,36 +161,61 @@ def _diffusion_comfyui(stored: Stored, part: Part) -> Loading:
         if _whole_checkpoint(stored):
             return Loading(COMFYUI, "", note=_ALL_IN_ONE_GGUF)
         return Loading(COMFYUI, "LoadGGUF", "diffusion_models", libraries(stored.formats))
-    if stored.schemes and (not _is_native(stored) or stored.container is Container.SHARDED):
-        return _load_quantized(COMFYUI, stored, part)
+    stock, why = _stock_diffusion(stored, part)
+    if not why:
+        return stock
+    if not stored.schemes:
+        return Loading(COMFYUI, "", note=_to(why))
+    # What everybody knows of a quantization that is not ComfyUI's needs no word.
+    told = is_native(stored.schemes) or stock.node in stored.misread
+    return _load_quantized(COMFYUI, stored, part, why if told else "")
+
+
+def _stock_diffusion(stored: Stored, part: Part) -> tuple[Loading, str]:
+    """ComfyUI's own node for a diffusion model, and why that does not open it; empty where it does."""
+    whole = _whole_checkpoint(stored)
+    # Without a prefix before the model's names, CheckpointLoaderSimple opens the model alone.
+    checkpoint = whole and bool(part.prefix) and stored.others_native
+    node = "CheckpointLoaderSimple" if checkpoint else "UNETLoader"
+    if checkpoint and node in stored.misread and "UNETLoader" not in stored.misread and not stored.schemes:
+        node = "UNETLoader"
+    note = _OTHERS if whole and node == "UNETLoader" else ""
+    # ComfyUI brings comfy-kitchen itself, so that nothing is to be installed for its own formats.
+    found = Loading(COMFYUI, node, "checkpoints" if checkpoint else "diffusion_models", note=note)
+    if node in stored.misread:
+        return found, f"Not {node}: {stored.misread[node]}"
+    if not is_native(stored.schemes):
+        return found, f"{node} does not know this quantization."
     if stored.container is Container.SHARDED:
-        return Loading(COMFYUI, "", note=f"ComfyUI's loaders open single files. {_CONVERT}")
-    if _whole_checkpoint(stored):
-        # ComfyUI brings comfy-kitchen itself, so that nothing is to be installed for its own formats.
-        return Loading(COMFYUI, "CheckpointLoaderSimple", "checkpoints")
+        return found, "ComfyUI's loaders open single files."
+    if part.prefix and part.prefix not in _PREFIXES_IN_COMFYUI:
+        return found, f"{node} does not know names that begin with '{part.prefix}'."
     if part.layout == "diffusers" and (stored.schemes or part.family not in _DIFFUSERS_IN_COMFYUI):
-        if stored.schemes:
-            return _load_quantized(COMFYUI, stored, part)
-        return Loading(
-            COMFYUI, "", note=f"UNETLoader does not know {part.family} under diffusers' names. {_CONVERT}"
-        )  # fmt: skip
-    return Loading(COMFYUI, "UNETLoader", "diffusion_models")
+        what = "quantized layers" if stored.schemes else part.family
+        return found, f"{node} does not know {what} under diffusers' names."
+    return found, ""
 
 
+def _to(why: str) -> str:
+    return f"{why} {_CONVERT}"
+
+
+_OTHERS = "Its text encoders and VAE are left out: take them from files of their own."
 _ALL_IN_ONE_GGUF = (
     "Its diffusion model, text encoders and VAE stand in one GGUF file, and LoadGGUF opens a diffusion model alone. "
     "Take a file of the diffusion model."
 )
 
 
-def _load_quantized(host: str, stored: Stored, part: Part) -> Loading:
-    others = "Its text encoders and VAE are left out: take them from files of their own."
+def _load_quantized(host: str, stored: Stored, part: Part, why: str = "") -> Loading:
+    """LoadQuantized, with why not a node of the host's own."""
     if host == COMFYUI and part.layout == "diffusers" and NVFP4 in stored.formats:
         return Loading(
             host, "", note=f"q, k and v have scales of their own in nvfp4, and ComfyUI's matrix one. {_CONVERT}"
         )
-    note = others if _whole_checkpoint(stored) else ""
-    folder = "checkpoints" if note else "diffusion_models"
+    whole = _whole_checkpoint(stored)
+    folder = "checkpoints" if whole else "diffusion_models"
+    note = f"{why} {_OTHERS if whole else ''}".strip()
     return Loading(host, "LoadQuantized", folder, libraries(stored.formats), note)
 
 
@@ -184,9 +229,20 @@ def _diffusion_standalone(stored: Stored, part: Part) -> Loading:
         return Loading(STANDALONE, "LoadGGUF", "diffusion_models", libraries(stored.formats))
     if stored.schemes:
         return _load_quantized(STANDALONE, stored, part)
+    why = _not_standalone(stored, part)
+    return Loading(STANDALONE, "", note=_to(why)) if why else Loading(STANDALONE, "UNETLoader", "diffusion_models")
+
+
+def _not_standalone(stored: Stored, part: Part) -> str:
+    """Why the embedded host's UNETLoader does not open a plain file; empty where it does."""
     if stored.container is Container.SHARDED:
-        return Loading(STANDALONE, "", note=f"UNETLoader opens single files. {_CONVERT}")
-    return Loading(STANDALONE, "UNETLoader", "diffusion_models")
+        return "UNETLoader opens single files."
+    if _whole_checkpoint(stored):
+        return "UNETLoader opens files that hold a diffusion model alone."
+    if part.layout != "comfyui" or part.prefix not in ("", "model.diffusion_model."):
+        start = f", here with '{part.prefix}' before it" if part.prefix else ""
+        return f"UNETLoader knows FLUX.1 in ComfyUI's layout, and this has names of {part.layout}{start}."
+    return ""
 
 
 def _text_comfyui(stored: Stored, part: Part) -> Loading:
@@ -194,7 +250,9 @@ def _text_comfyui(stored: Stored, part: Part) -> Loading:
         return Loading(COMFYUI, "", note=stored.refused)
     if stored.container is Container.GGUF:
         return Loading(COMFYUI, "LoadGGUFTextEncoder", "text_encoders", libraries(stored.formats))
-    if not _is_native(stored):
+    if "CLIPLoader" in stored.misread:
+        return Loading(COMFYUI, "", note=f"Not CLIPLoader: {stored.misread['CLIPLoader']} {_MEND}")
+    if not is_native(stored.schemes):
         return Loading(COMFYUI, "", note=f"No node opens a text encoder in this form. {_CONVERT}")
     if stored.container is Container.SHARDED:
         return Loading(COMFYUI, "", note=f"ComfyUI's loaders open single files. {_CONVERT}")
@@ -202,7 +260,8 @@ def _text_comfyui(stored: Stored, part: Part) -> Loading:
 
 
 def _text_standalone(stored: Stored, part: Part) -> Loading:
-    if part.family not in ("CLIP-L", "t5encoder", "t5"):
+    clip = part.family in ("CLIP-L", "CLIP") and part.layout == "transformers"
+    if not clip and part.family not in ("t5encoder", "t5"):
         return Loading(STANDALONE, "", note="Only CLIP-L and T5 run without ComfyUI. Use `quantwire run --server URL`.")
     if stored.refused:
         return Loading(STANDALONE, "", note=stored.refused)
@@ -225,16 +284,21 @@ def _stock(stored: Stored, part: Part) -> Loading:
         return Loading(COMFYUI, "", note=f"{node} does not open GGUF files; take a safetensors file.")
     if stored.container is Container.SHARDED:
         return Loading(COMFYUI, "", note=f"{node} opens single files.")
-    if not _is_native(stored):
+    if not is_native(stored.schemes):
         return Loading(COMFYUI, "", note=f"{node} does not know this quantization; take a full-precision file.")
     return Loading(COMFYUI, node, folder)
+
+
+def _casts_only(stored: Stored) -> bool:
+    """Whether all layers are plain, or fp8 without scales, which is cast as the file's other tensors are."""
+    return stored.schemes <= {"plain-fp8"}
 
 
 def _other_standalone(stored: Stored, part: Part) -> Loading:
     single = stored.container is Container.SAFETENSORS and not stored.schemes
     if part.component is Component.VAE and part.family.startswith("tiny") and single:
         return Loading(STANDALONE, "VAELoader", "vae")
-    if part.component is Component.LORA and single:
+    if part.component is Component.LORA and stored.container is Container.SAFETENSORS and _casts_only(stored):
         return Loading(STANDALONE, "LoraLoaderModelOnly", "loras")
     if part.component is Component.VAE:
         return Loading(

@@ -158,7 +158,26 @@ def _in_folder(folder: Path) -> Located:
             return _indexed(folder, folder / f"{stem}{INDEX_SUFFIX}", folder)
         if (folder / f"{stem}.safetensors").is_file():
             return Located(folder, Container.SAFETENSORS, (folder / f"{stem}.safetensors",), folder)
+    for stem in _NAMES:
+        variants = _variants(folder, stem)
+        if len(variants) == 1:
+            (file,) = variants.values()
+            index = INDEX_NAME.search(file.name) is not None
+            return _indexed(folder, file, folder) if index else Located(folder, Container.SAFETENSORS, (file,), folder)
+        if variants:
+            raise FileError(
+                f"{folder}: {len(variants)} variants of one model: {', '.join(variants)}.\n"
+                f"Give one of them: {', '.join(map(str, variants.values()))}."
+            )
     raise FileError(f"{folder}: no weights of one model in this folder.\n{_instead(folder)}")
+
+
+def _variants(folder: Path, stem: str) -> dict[str, Path]:
+    """Name of a variant, such as `fp16` -> `STEM.fp16.safetensors`, or `STEM.safetensors.index.fp16.json` of parts."""
+    single = re.compile(rf"{stem}\.(\w+)\.safetensors")
+    index = re.compile(rf"{stem}\.safetensors\.index\.(\w+)\.json")
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    return {m[1]: folder / name for name in names if (m := single.fullmatch(name) or index.fullmatch(name))}
 
 
 def _instead(folder: Path) -> str:

@@ -9,7 +9,6 @@ import functools
 import math
 import mmap
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from .bounded_json import loads
 from .file_state import check_unchanged, file_state
 from .locate import Container, Located, locate, refuse_missing
 from .regular import open_regular
-from .safetensors_header import Header, parse, read_safetensors_header
+from .safetensors_header import Header, parse, read_header
 
 if TYPE_CHECKING:  # looking at a header does not need torch, whose import takes a second
     import torch
@@ -129,12 +128,12 @@ class ModelFile:
             FileError: it does not.
         """
         try:
-            value: object = loads(self.small(name))
+            value = _parsed(self.small(name))
         except ValueError as err:
             raise FileError(f"{self.path.name}: '{name}' does not hold JSON.") from err
         if not isinstance(value, dict):
             raise FileError(f"{self.path.name}: '{name}' does not hold a JSON object.")
-        return cast("dict[str, Any]", value)
+        return dict(cast("dict[str, Any]", value))
 
     def read(self, name: str) -> Tensor:
         """One tensor on a copy-on-write map of its own; of GGUF blocks their bytes, (nbytes,) uint8.
@@ -186,6 +185,11 @@ class ModelFile:
         return {layer: tuple(lasts) for layer, lasts in found.items()}
 
 
+@functools.lru_cache(maxsize=64)  # hundreds of layers say the same few things; a text of 64 KiB is small
+def _parsed(raw: bytes) -> object:
+    return loads(raw)
+
+
 def open_model(path: Path) -> ModelFile:
     """Open a model by its header.
 
@@ -204,11 +208,11 @@ def open_safetensors(located: Located) -> ModelFile:
     state: dict[Path, dict[str, int]] = {}
     for file in located.files:
         state[file] = file_state(file)
-        header = read_safetensors_header(file)
-        for key, value in cast("dict[str, str]", header.pop("__metadata__", {})).items():
+        header = read_header(file)
+        for key, value in (header.metadata or {}).items():
             metadata.setdefault(key, value)
-        base = _data_start(file)
-        for name, e in header.items():
+        base = header.data_start
+        for name, e in header.entries.items():
             if name in entries:
                 raise FileError(f"{path.name}: '{name}' stands in two of its files.")
             start, end = e["data_offsets"]
@@ -240,12 +244,6 @@ def open_damaged(path: Path) -> tuple[ModelFile, tuple[Header, ...]]:
                 name, Entry(name, e["dtype"], tuple(e["shape"]), file, header.data_start + start, end - start)
             )
     return ModelFile(located, entries, metadata, _configs(located.folder), state), headers
-
-
-def _data_start(path: Path) -> int:
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    return 8 + int(length)
 
 
 def _open_gguf(located: Located) -> ModelFile:

@@ -39,25 +39,25 @@ def _has(*words: str) -> Callable[[Content], bool]:
 _FP8 = (r"fp8", r"float8", r"\bf8_")
 _INT8 = (r"int8", r"\bi8\b", r"w8a8", r"\bu8\b")
 _INT4 = (r"int4", r"w4", r"4-bit", r"4 bits")
-# (in the name, what it says, what the content must be).
-_HINTS: tuple[tuple[str, str, Callable[[Content], bool]], ...] = (
-    (r"nf4", "nf4", _has("nf4")),
-    (r"nvfp4", "nvfp4", _has("nvfp4")),
-    (r"mxfp8", "mxfp8", _has("mxfp8")),
-    (r"mxfp4", "mxfp4", _has("mxfp4")),
-    (r"fp4", "fp4", _has("fp4", "float4")),
-    (r"(?:fp|float)8[_.-]?e4m3(?:fn)?|e4m3(?:fn)?", "fp8 e4m3", _has("e4m3")),
-    (r"(?:fp|float)8[_.-]?e5m2|e5m2", "fp8 e5m2", _has("e5m2")),
-    (r"(?:fp|float)8(?![_.-]?e\dm\d)", "fp8", _has(*_FP8)),
-    (r"qfloat8", "qfloat8", _has("qfloat8", "quanto.*float8")),
-    (r"qint8", "qint8", _has("qint8", "quanto.*int8")),
-    (r"qint4", "qint4", _has("qint4", "quanto.*int4")),
-    (r"qint2", "qint2", _has("qint2", "quanto.*int2")),
-    (r"u?int8", "int8", _has(*_INT8)),
-    (r"u?int4", "int4", _has(*_INT4)),
-    (r"svdq(?:uant)?", "SVDQuant", _has("svdq", "nunchaku")),
-    (r"gptq", "GPTQ", _has("gptq")),
-    (r"awq", "AWQ", _has("awq")),
+# (words of which one is in such a name, the name, what it says, what the content must be).
+_HINTS: tuple[tuple[tuple[str, ...], str, str, Callable[[Content], bool]], ...] = (
+    (("nf4",), r"nf4", "nf4", _has("nf4")),
+    (("nvfp4",), r"nvfp4", "nvfp4", _has("nvfp4")),
+    (("mxfp8",), r"mxfp8", "mxfp8", _has("mxfp8")),
+    (("mxfp4",), r"mxfp4", "mxfp4", _has("mxfp4")),
+    (("fp4",), r"fp4", "fp4", _has("fp4", "float4")),
+    (("e4m3",), r"(?:fp|float)8[_.-]?e4m3(?:fn)?|e4m3(?:fn)?", "fp8 e4m3", _has("e4m3")),
+    (("e5m2",), r"(?:fp|float)8[_.-]?e5m2|e5m2", "fp8 e5m2", _has("e5m2")),
+    (("fp8", "float8"), r"(?:fp|float)8(?![_.-]?e\dm\d)", "fp8", _has(*_FP8)),
+    (("qfloat8",), r"qfloat8", "qfloat8", _has("qfloat8", "quanto.*float8")),
+    (("qint8",), r"qint8", "qint8", _has("qint8", "quanto.*int8")),
+    (("qint4",), r"qint4", "qint4", _has("qint4", "quanto.*int4")),
+    (("qint2",), r"qint2", "qint2", _has("qint2", "quanto.*int2")),
+    (("int8",), r"u?int8", "int8", _has(*_INT8)),
+    (("int4",), r"u?int4", "int4", _has(*_INT4)),
+    (("svdq",), r"svdq(?:uant)?", "SVDQuant", _has("svdq", "nunchaku")),
+    (("gptq",), r"gptq", "GPTQ", _has("gptq")),
+    (("awq",), r"awq", "AWQ", _has("awq")),
 )
 _GGML = re.compile(
     r"(?i)(?<![a-z0-9])(?P<type>I?Q\d_(?:[01]|K|XXS|XS|S|M|NL)|TQ[12]_0)(?P<size>_(?:XXS|XS|S|M|L|XL))?(?![a-z0-9])"
@@ -81,7 +81,7 @@ def contradictions(name: str, suffix_ok: bool, contents: Sequence[Content]) -> l
             right = True
         else:
             found.append(f"Named {said}, but holds {_shown(contents)}.")
-    plain = [(word, dtype) for word, dtype in _PLAIN.items() if re.search(_START + word + _END, name.lower())]
+    plain = [(word, dtype) for word, dtype in _PLAIN.items() if _says(name.lower(), word)]
     if plain and not right and not found:
         word, dtype = plain[0]
         held = any(c.words == dtype.lower() and c.share >= _LEAST_SHARE for c in contents)
@@ -92,10 +92,15 @@ def contradictions(name: str, suffix_ok: bool, contents: Sequence[Content]) -> l
     return found
 
 
+def _says(name: str, word: str) -> bool:
+    return word in name and re.search(_START + word + _END, name) is not None
+
+
 def _said(name: str) -> Iterable[tuple[str, Callable[[Content], bool]]]:
     """What the name claims, with the test of a content for it."""
-    for pattern, said, fits in _HINTS:
-        if re.search(_START + pattern + _END, name):
+    for words, pattern, said, fits in _HINTS:
+        # To look for a word takes a thousandth of the time that compiling a pattern does.
+        if any(word in name for word in words) and re.search(_START + pattern + _END, name):
             yield said, fits
     for match in _GGML.finditer(name):
         kind = match["type"].upper()

@@ -14,13 +14,17 @@ from ..errors import FileError
 from ..ggml_types import type_name
 from ..registry import get_entry, require_reader
 from ..weight import QuantizedWeight, TensorMeta
-from .layer_rows import INPUT_SCALE, PRE_QUANT_SCALE, LayerRows
+from .layer_rows import FULL_PRECISION, INPUT_SCALE, PRE_QUANT_SCALE, LayerRows
 from .model_file import ModelFile
+from .schemes.comfy_parts import SHAPE
 from .schemes.scan import Scan
 from .sources import FLOAT8, SafetensorsSource, Stored, plain
 
 # Keys of metadata that describe how tensors are stored, which no longer holds for the new file.
 STORAGE_KEYS = ("_quantization_metadata", "quantization_config", "tensor_names", "quantwire", "quanto_qmap.json")
+
+
+PADS = {"comfy-nvfp4": 16, "comfy-mxfp8": 32}  # to multiples of
 
 
 class QuantizedSource:
@@ -29,6 +33,8 @@ class QuantizedSource:
     Attributes:
         kinds: of the quantized tensors: the format's id, or ggml's type or a float8 dtype where that says the same.
         sizes: bytes of their tensors.
+        layers: what the file says of them.
+        doubts: what it does not say, and a new file might need.
     """
 
     def __init__(self, file: ModelFile, found: Scan) -> None:
@@ -48,6 +54,8 @@ class QuantizedSource:
                 self.kinds[name] = FLOAT8[meta.dtype]
                 meta = TensorMeta(name, meta.shape, torch.bfloat16)  # holds each of its values exactly
             self.metas[name] = meta
+        self.layers = found.layers
+        self.doubts = _doubts(found, self.metas)
         dropped = {*STORAGE_KEYS, *file.entries, *found.layers}
         self.strings: Mapping[str, str] = {k: v for k, v in file.metadata.items() if k not in dropped}
 
@@ -68,6 +76,8 @@ class QuantizedSource:
         found = {role: self._file.read(layer.tensors[role]) for role in roles}
         if layer.scheme == "scaled-fp8" and INPUT_SCALE in found and bool((found[INPUT_SCALE] == 1).all()):
             del found[INPUT_SCALE]  # such files say so that there is none
+        if layer.options.get(FULL_PRECISION):
+            found[FULL_PRECISION] = torch.ones(())
         return found
 
     def identity(self) -> list[dict[str, Any]]:
@@ -105,6 +115,30 @@ def open_quantized(file: ModelFile, found: Scan) -> QuantizedSource | Safetensor
     for format_id in sorted({layer.format_id for layer in found.layers.values()}):
         require_reader(format_id)
     return QuantizedSource(file, found) if found.layers else SafetensorsSource(path, file.located.files)
+
+
+def _doubts(found: Scan, metas: Mapping[str, TensorMeta]) -> list[str]:
+    """Padded layers whose (N, K) nobody tells: by a bias that is shorter, or a size near theirs that others have."""
+    if any(SHAPE in layer.options for layer in found.layers.values()):
+        return []  # a file of ours, which tells it of every padded layer
+    sizes = {n for name, meta in metas.items() if name not in found.layers for n in meta.shape}
+    doubtful: list[str] = []
+    for name, layer in found.layers.items():
+        multiple = PADS.get(layer.format_id, 0) if layer.scheme == "comfy" else 0
+        if not multiple or len(layer.shape) != 2:
+            continue
+        n, k = layer.shape
+        near = k not in sizes and any(size in sizes for size in range(k - multiple + 1, k))
+        if n % multiple or near:
+            doubtful.append(name)
+    if not doubtful:
+        return []
+    more = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+    n, k = found.layers[doubtful[0]].shape
+    return [
+        f"'{doubtful[0]}'{more}: may be stored with columns of zeros behind it, and the file does not tell; taken for "
+        f"{n} x {k}, so compare with the model"
+    ]
 
 
 def _kind(format_id: str) -> str:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,26 +33,30 @@ from ..report import MIB, Entry, QuantReport, versions
 from ..spec import QuantSpec
 from ..weight import QuantizedWeight
 from .architectures import Found
+from .conversion_note import PROVENANCE, conversion_note
 from .convert import SAMPLED, input_files
 from .convert_plan import GGUF, SAFETENSORS, Request, metadata_strings, read_model, refuse_target, source_nbytes
 from .diffusers_folder import Folder, folder_of, without_clashes
 from .input_scales import input_scales
 from .journal import partial, refuse_existing, remains
-from .layer_rows import INPUT_SCALE
+from .layer_rows import FULL_PRECISION, INPUT_SCALE, PRE_QUANT_SCALE
 from .layouts.target import Target
 from .quantized_file import NAMES
+from .quantized_source import QuantizedSource
 from .recipes import is_linear
+from .row_slabs import quantize_slabs
+from .schemes.base import Layer
 from .shards import index_of, index_text, shard_files, shards
 from .sources import Assembled, Source, open_source
 from .stream import TRIM_NBYTES, trim
 from .verifying import sample, verify_bytes, verify_layers
 from .writers import WRITERS, writer_for
 from .writers.base import Writer
-from .writers.layout import metadata_of
+from .writers.comfy import ComfyWriter
+from .writers.layout import Layout, metadata_of
 from .writers.scaled_fp8 import ScaledFp8Writer
 from .writing import Advance, Item, Made, Stream, crc_of, header_room
 
-PROVENANCE = "quantwire_conversion"
 SLAB_NUMEL = 1 << 22
 VERIFY_SHARE = 4  # reading is so many times as fast as the rest, for the progress bar
 
@@ -156,7 +161,8 @@ def plan_quantized(request: Request, spec: QuantSpec) -> QuantizedConversion:
         plan = without_clashes(folder, plan, lambda other: make_plan(slots, other, require(other.format_id)))
     kept = metadata_strings(source)
     names = [*(t.name for t in model.targets), *model.words]
-    room = header_room(names, len(json.dumps([kept, spec.to_uri(), versions()])))
+    note = conversion_note(source, request.source, spec.to_uri(), writer.id, list(map(str, spec.rules)), request.scales)
+    room = header_room(names, len(json.dumps([kept, json.dumps(note), versions()])))
     sizes = [
         (t.name, d.nbytes_out, None if d.action is Action.QUANTIZE else t.dtype)
         for t, d in zip(model.targets, plan.decisions, strict=True)
@@ -177,8 +183,8 @@ def plan_quantized(request: Request, spec: QuantSpec) -> QuantizedConversion:
     doubts += without
     return QuantizedConversion(
         request, source, model.found, model.targets, plan, writer, tuple(items), tuple(files), room,
-        plan.nbytes_out + model.words_nbytes, model.words, _copies(source, model.targets, plan.decisions),
-        (*model.notes, *_files_note(files)), tuple(doubts), folder, scales,
+        plan.nbytes_out + model.words_nbytes, model.words, _copies(source, model.targets, plan.decisions, writer),
+        (*model.notes, *_files_note(files, request.shard_nbytes)), tuple(doubts), folder, scales,
     )  # fmt: skip
 
 
@@ -203,19 +209,48 @@ def choose_writer(plan: QuantPlan, layout: str) -> Writer:
     return writer
 
 
-def _files_note(files: Sequence[tuple[Path, int]]) -> list[str]:
-    return [f"{len(files)} files, {files[0][0].name} and so on, with an index"] if len(files) > 1 else []
+def _files_note(files: Sequence[tuple[Path, int]], limit: int) -> list[str]:
+    notes = [f"{len(files)} files, {files[0][0].name} and so on, with an index"] if len(files) > 1 else []
+    large = [(path.name, nbytes) for path, nbytes in files if limit and nbytes > limit]
+    if large:
+        more = f" and {len(large) - 1} more" if len(large) > 1 else ""
+        notes.append(f"{large[0][0]}{more} is larger than asked for, about {large[0][1]} bytes: one tensor is not cut")
+    return notes
 
 
-def _copies(source: Source, targets: Sequence[Target], decisions: Sequence[Decision]) -> frozenset[str]:
-    """Layers whose source is in the wanted format."""
+def _copies(source: Source, targets: Sequence[Target], decisions: Sequence[Decision], writer: Writer) -> frozenset[str]:
+    """Layers whose source is in the wanted format, with the options that are asked for."""
     found: set[str] = set()
     for t, d in zip(targets, decisions, strict=True):
         kinds = {source.kinds.get(p.source, "") for p in t.pieces}
         held = {format_id(kind) if kind in TYPES else kind for kind in kinds}
-        if d.action is Action.QUANTIZE and d.spec is not None and held == {d.spec.format_id}:
+        if d.action is not Action.QUANTIZE or d.spec is None or held != {d.spec.format_id}:
+            continue
+        if isinstance(source, QuantizedSource):
+            layers = [source.layers[p.source] for p in t.pieces if p.source in source.layers]
+            same = len(layers) == len(t.pieces) and all(_has_options(layer, d.spec) for layer in layers)
+            factors = any(PRE_QUANT_SCALE in layer.tensors for layer in layers)
+            whole = len(t.pieces) == 1 and t.pieces[0].whole
+            if not same or (factors and not (whole and PRE_QUANT_SCALE in writer.beside_layers)):
+                continue
+        if not any(p.add for p in t.pieces):
             found.add(t.name)
     return frozenset(found)
+
+
+# What schemes call the options of a spec; one that no file tells of is never taken for the same.
+OPTIONS = {
+    **{"bits4-block-size": "block_size", "bits4-use-double-quant": "double_quant", "int8-threshold": "threshold"},
+    **{"convrot-group-size": "convrot_groupsize", "quantized-matmul": "use_quantized_matmul"},
+}
+
+
+def _has_options(layer: Layer, spec: QuantSpec) -> bool:
+    """Whether a layer was made with the options that are asked for; what is not asked for is as it is."""
+    if not spec.options or layer.options.get(SPEC_KEY) == QuantSpec(spec.format_id, options=spec.options).to_uri():
+        return True
+    held = [(layer.options.get(OPTIONS.get(key, key.replace("-", "_"))), value) for key, value in spec.options]
+    return all(have is not None and have == asked for have, asked in held)
 
 
 def dry_run(conversion: QuantizedConversion) -> str:
@@ -266,13 +301,21 @@ def _reason(conversion: QuantizedConversion, d: Decision) -> str:
 
 
 def _notes(conversion: QuantizedConversion) -> list[str]:
-    return [*conversion.plan.notes, *conversion.notes, f"layout {conversion.writer.id}: {conversion.writer.title}"]
+    lines = [f"layout {conversion.writer.id}: {conversion.writer.title}"]
+    if conversion.scales and conversion.request.scales is not None:
+        lines.append(f"input_scale of {len(conversion.scales)} layers, from {conversion.request.scales.name}")
+    return [*conversion.plan.notes, *conversion.notes, *lines]
 
 
-def _warnings(conversion: QuantizedConversion) -> list[str]:
+def _warnings(conversion: QuantizedConversion, copied: Collection[str] | None = None) -> list[str]:
+    """Args:
+    copied: the layers that were, where that is known already.
+    """
     warnings = list(conversion.doubts)
+    if not conversion.plan.to_quantize:
+        warnings.append(f"nothing is quantized: no layer is left to be {conversion.plan.spec.format_id}")
     warnings += [f"'{d.meta.name}' stays {NAMES[d.meta.dtype]}: {d.reason}" for d in conversion.plan.refused]
-    asked = {d.meta.name for d in conversion.plan.to_quantize} - conversion.copies
+    asked = {d.meta.name for d in conversion.plan.to_quantize} - set(conversion.copies if copied is None else copied)
     kinds = conversion.source.kinds
     blocks = sum(any(p.source in kinds for p in t.pieces) for t in conversion.targets if t.name in asked)
     if blocks:
@@ -333,7 +376,7 @@ def run(conversion: QuantizedConversion, advance: Advance) -> QuantReport:
         _threads(request.threads),
         partial(
             request.target, total, head, resumable, request.overwrite, inputs, request.restart, request.resume,
-            conversion.parts, conversion.beside,
+            conversion.parts, conversion.beside, _other_layouts(conversion),
         ) as file,
     ):  # fmt: skip
         if file.note:
@@ -347,13 +390,22 @@ def run(conversion: QuantizedConversion, advance: Advance) -> QuantReport:
             if request.verify:
                 report.notes.append(_verified(conversion, stream, file.paths, advance))
     report.entries = [entries[t.name] for t in conversion.targets]
-    copied = sum(e.action == "copy" for e in report.entries)
+    copied = [e.name for e in report.entries if e.action == "copy"]
+    report.warnings = _warnings(conversion, copied)
     if copied:
-        report.notes.append(f"{copied} layers are in this format already, and copied bit for bit")
+        report.notes.append(f"{len(copied)} layers are in this format already, and copied bit for bit")
     if not request.measure and any(e.sqnr_db is not None for e in report.entries):
         report.notes.append(f"SQNR and errors are of one row in {SAMPLED}; nan and inf were looked for in all values")
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _other_layouts(conversion: QuantizedConversion) -> list[str]:
+    """Names of small files by which loaders would take a folder for one in another layout."""
+    if conversion.folder is None:
+        return []
+    known = [name for w in WRITERS.values() if isinstance(w, Layout) for name in w.beside({})]
+    return [name for name in dict.fromkeys(known) if name not in conversion.beside]
 
 
 @contextlib.contextmanager
@@ -409,19 +461,11 @@ def _provenance(conversion: QuantizedConversion, stream: Stream) -> dict[str, An
     """
     lines = "".join(f"{name} {crc:08x}\n" for name, crc in sorted(stream.sources.items()))
     request = conversion.request
-    source: dict[str, Any] = {"name": request.source.name}
-    files = conversion.source.identity()
-    source["headers"] = [{k: v for k, v in f.items() if k in ("file", "size", "header")} for f in files]
-    source["values_crc32"] = f"{zlib.crc32(lines.encode()):08x}"
-    before = conversion.source.strings.get(PROVENANCE)
-    return {
-        "source": source,
-        "spec": conversion.plan.spec.to_uri(),
-        "layout": conversion.writer.id,
-        "rules": [str(rule) for rule in conversion.plan.spec.rules],
-        "versions": versions(),
-        **({"before": before} if before else {}),
-    }
+    spec, rules = conversion.plan.spec.to_uri(), [str(rule) for rule in conversion.plan.spec.rules]
+    return conversion_note(
+        conversion.source, request.source, spec, conversion.writer.id, rules, request.scales,
+        f"{zlib.crc32(lines.encode()):08x}", versions(),
+    )  # fmt: skip
 
 
 def _maker(conversion: QuantizedConversion) -> Callable[[Item], Made]:
@@ -445,14 +489,15 @@ def _made(conversion: QuantizedConversion, t: Target, decision: Decision) -> Mad
         entry = Entry(t.name, "copy", decision.reason, nbytes_in, source.nbytes, format_id=source.format_id)
         beside = Assembled(t, conversion.source.open).beside
         return _laid_out(conversion, source, entry, crc_of(source.tensors.values()), beside)
-    crc = crc_of([source])
-    if spec is None:
-        check_finite(t.name, source)
-        entry = Entry(t.name, _kept_how(conversion, t), decision.reason, nbytes_in, source.nbytes)
-        return Made({t.name: source}, entry, crc=crc)
-    weight, entry = quantize_tensor(t.name, source, spec, every=every_of(conversion))
-    entry = dataclasses.replace(entry, reason=decision.reason, nbytes_in=nbytes_in)
-    return _laid_out(conversion, weight, entry, crc, {})
+    with ThreadPoolExecutor(1, "quantwire-crc") as pool:  # it reads what is quantized meanwhile
+        crc = pool.submit(crc_of, [source])
+        if spec is None:
+            check_finite(t.name, source)
+            entry = Entry(t.name, _kept_how(conversion, t), decision.reason, nbytes_in, source.nbytes)
+            return Made({t.name: source}, entry, crc=crc.result())
+        weight, entry = quantize_tensor(t.name, source, spec, every=every_of(conversion), quantize=quantize_slabs)
+        entry = dataclasses.replace(entry, reason=decision.reason, nbytes_in=nbytes_in)
+        return _laid_out(conversion, weight, entry, crc.result(), {})
 
 
 def _laid_out(
@@ -462,6 +507,8 @@ def _laid_out(
     beside: what the layer had beside its weight in the source.
     """
     writer, tensors = conversion.writer, {**beside}
+    if FULL_PRECISION in beside and isinstance(writer, ComfyWriter):
+        weight = dataclasses.replace(weight, meta={**weight.meta, FULL_PRECISION: True})
     if entry.name in conversion.scales:
         tensors[INPUT_SCALE] = torch.tensor(conversion.scales[entry.name])
     layer = entry.name.removesuffix("weight")
@@ -482,9 +529,11 @@ def source_value(conversion: QuantizedConversion, t: Target, spec: QuantSpec | N
     """A target's values; the quantized layer itself where it is copied."""
     rows = Assembled(t, conversion.source.open)
     if spec is not None and t.name in conversion.copies:
-        held = rows.quantized if rows.beside.keys() <= conversion.writer.beside_layers.keys() | {INPUT_SCALE} else None
-        if held is not None and held.format_id == spec.format_id and _has_options(held, spec):
+        held = rows.quantized
+        if held is not None and held.format_id == spec.format_id:
             return held
+    if not rows.rows:
+        return torch.empty(t.shape, dtype=t.dtype)
     if len(t.pieces) == 1 and t.pieces[0].source not in conversion.source.kinds:
         return rows.values(0, rows.rows)[0].to(t.dtype).reshape(t.shape)
     values = torch.empty(rows.rows, rows.columns, dtype=t.dtype)
@@ -495,14 +544,6 @@ def source_value(conversion: QuantizedConversion, t: Target, spec: QuantSpec | N
             values[at : at + len(part)].copy_(part)
             at += len(part)
     return values.reshape(t.shape)
-
-
-def _has_options(weight: QuantizedWeight, spec: QuantSpec) -> bool:
-    """Whether a layer was made with the options that are asked for; what is not asked for is as it is."""
-    if not spec.options:
-        return True
-    asked = QuantSpec(spec.format_id, options=spec.options).to_uri()
-    return weight.meta.get(SPEC_KEY) == asked
 
 
 def _verified(conversion: QuantizedConversion, stream: Stream, paths: Sequence[Path], advance: Advance) -> str:

@@ -242,7 +242,7 @@ def find_recipe(name: str, others: Sequence[str] = ()) -> Recipe:
     """A recipe by its name, in any case, or by a format id (`gguf-q4-k`: that type for all, without upgrades).
 
     Args:
-        others: what the user may have meant in place of a GGUF type, for the message.
+        others: formats that the user may have meant in place of a GGUF type, for the message.
     Raises:
         SpecError: no such type; with the nearest names.
     """
@@ -261,7 +261,8 @@ def find_recipe(name: str, others: Sequence[str] = ()) -> Recipe:
         close = f" Did you mean {', '.join(within[:3])}?" if within else near(asked.lower(), others)
         raise SpecError(
             f"Unknown type '{asked}'.{close or near(asked.upper(), RECIPES)}\n"
-            f"A safetensors file takes {', '.join([*FLOATS, *others])}; a GGUF file {', '.join(RECIPES)}."
+            f"A safetensors file takes {', '.join(FLOATS)} and every format of `quantwire formats`; a GGUF file "
+            f"{', '.join(RECIPES)}."
         )
     names = [*RECIPES, *ALIASES]
     raise SpecError(f"Unknown GGUF type '{asked}'.{near(asked.upper(), names)}\nTypes: {', '.join(RECIPES)}.")

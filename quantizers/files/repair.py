@@ -6,7 +6,9 @@ diagnosed itself: a repair that would bring in a fault of its own leaves nothing
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from .edits import Edit, Form, New
 from .journal import Partial, partial
 from .locate import Container
 from .model_file import Entry, ModelFile, open_damaged
+from .pieces import Pieces
 from .schemes.comfy import METADATA
 from .schemes.own import KEY
 
@@ -71,25 +74,27 @@ def repair(
             there already, or the copy would be worse.
     """
     before = before or diagnose(path, deep)
-    file, headers = open_damaged(path)
-    _refuse(file, before)
+    file, _ = open_damaged(path)
+    if before.state and before.state != file.state:
+        raise FileError(f"{path.name}: is another file than the one that was looked at.\nRun again.")
+    _refuse(file, before, target)
     edit = before.edit
     if edit is None:
         left = "its faults have no certain fix" if before.findings else "nothing wrong was found"
         raise FileError(f"{path.name}: nothing to repair: {left}.\nNo file was written.")
     tensors = list(_planned(file, edit))
-    head = _header(file, before, edit, tensors, headers[0].metadata is not None)
+    head = _header(file, before, edit, tensors)
     total = len(head) + sum(nbytes for *_, nbytes in tensors)
     what = {"repair": str(path), "state": {p.name: s for p, s in file.state.items()}}
     with partial(target, total, what, resumable=False, overwrite=overwrite, inputs=file.located.files) as out:
         _write(out, head, file, tensors)
         file.check_unchanged()
-        after = diagnose(out.path, deep)
+        after = diagnose(out.path, deep, file.configs)
         _refuse_worse(before, after)
-    return Repair(target, before, Diagnosis(target, after.tensors, after.layers, after.deep, after.findings))
+    return Repair(target, before, dataclasses.replace(after, path=target))
 
 
-def _refuse(file: ModelFile, before: Diagnosis) -> None:
+def _refuse(file: ModelFile, before: Diagnosis, target: Path) -> None:
     name = file.path.name
     if file.container is not Container.SAFETENSORS:
         todo = "Give one of its parts." if file.container is Container.SHARDED else "Get the file again."
@@ -100,6 +105,8 @@ def _refuse(file: ModelFile, before: Diagnosis) -> None:
         )
     if any(f.code == "header-truncated" for f in before.findings):
         raise FileError(f"{name}: truncated data cannot be repaired.\nDownload it again.")
+    if os.path.lexists(target) and not target.is_file():
+        raise FileError(f"{target}: is there already, and no file (or a link to none).\nGive another name.")
 
 
 def _refuse_worse(before: Diagnosis, after: Diagnosis) -> None:
@@ -125,7 +132,7 @@ def _planned(file: ModelFile, edit: Edit) -> Iterator[Planned]:
 
     for entry in file.entries.values():
         name, form = edit.rename.get(entry.name, entry.name), edit.form.get(entry.name)
-        if name in edit.add:
+        if name in edit.add or entry.name in edit.drop:
             continue
         if form is None:
             yield name, entry.dtype, entry.shape, entry, entry.nbytes
@@ -140,8 +147,9 @@ def _planned(file: ModelFile, edit: Edit) -> Iterator[Planned]:
         yield name, new.dtype, new.shape, new, len(new.data)
 
 
-def _header(file: ModelFile, before: Diagnosis, edit: Edit, tensors: list[Planned], had: bool) -> bytes:
-    metadata = {**file.metadata, **edit.metadata} if had or edit.metadata else {}
+def _header(file: ModelFile, before: Diagnosis, edit: Edit, tensors: list[Planned]) -> bytes:
+    # The copy has metadata in any case, and some loaders refuse metadata without a format.
+    metadata = {"format": "pt", **file.metadata, **edit.metadata}
     if edit.layers:
         value: dict[str, Any] = json.loads(metadata[METADATA])
         layers = {key: conf for key, conf in {**value["layers"], **edit.layers}.items() if conf is not None}
@@ -193,7 +201,8 @@ def _formed(file: ModelFile, entry: Entry, form: Form) -> bytes:
 
     from .quantized_file import DTYPES
 
-    tensor = file.read(entry.name)
+    with Pieces() as pieces:
+        tensor = torch.cat([*pieces.flat(entry)]).reshape(entry.shape)
     tensor = _tiled(tensor, form.shape) if form.tiles else tensor.to(DTYPES[form.dtype]).reshape(form.shape)
     return cast(Any, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).tobytes()
 

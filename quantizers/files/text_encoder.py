@@ -33,7 +33,8 @@ from .layouts.llama_cpp import (
     llama_cpp_to_transformers,
     mmproj_to_transformers,
 )
-from .layouts.target import Target, Value, apply, assemble
+from .layouts.target import Target, apply, assemble
+from .quantized_file import Value
 from .vocabulary import read_vocabulary
 
 WITH_VISION = ("qwen2vl",)  # architectures whose vision part is read

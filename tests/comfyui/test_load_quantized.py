@@ -17,6 +17,7 @@ import pytest
 import quantized_files as files
 import torch
 from graphs import MODES, calls, node, sampled, unet
+from quantwire.hosts.standalone.models import load_diffusion_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -360,10 +361,32 @@ def gptq(made: Tensors) -> Tensors:
     }
 
 
+def not_a_number(made: Tensors) -> Tensors:
+    codes = made["double_blocks.0.img_attn.qkv.weight"].view(torch.uint8).clone()
+    codes[7, 9] = 0x7F
+    return made | {"double_blocks.0.img_attn.qkv.weight": codes.view(torch.float8_e4m3fn)}
+
+
+def infinite_scale(made: Tensors) -> Tensors:
+    return made | {"double_blocks.0.img_attn.qkv.weight_scale": torch.tensor(torch.inf)}
+
+
+def no_old_scale(made: Tensors) -> Tensors:
+    return {n: t for n, t in made.items() if n != "double_blocks.0.img_attn.qkv.scale_weight"}
+
+
+def codes_alone(made: Tensors) -> Tensors:
+    return {n: t for n, t in unmarked(made).items() if not n.endswith(".weight_scale")}
+
+
 REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "no scale": ("comfy-int8", no_scale, ("'double_blocks.0.img_attn.qkv", "quantwire doctor")),
     "no comfy_quant": ("comfy-nvfp4", unmarked, ("comfy_quant", "quantwire doctor")),
     "gptq": ("", gptq, ("GPTQ",)),
+    "no old scale": ("scaled_fp8", no_old_scale, ("qkv.weight' is F8_E4M3 without a scale", "quantwire doctor")),
+    "codes alone": ("comfy-int8", codes_alone, ("codes whose scales are missing", "quantwire doctor")),
+    "nan among codes": ("comfy-fp8-e4m3fn", not_a_number, ("qkv.weight': its qdata holds nan or inf",)),
+    "infinite scale": ("comfy-fp8-e4m3fn", infinite_scale, ("qkv.weight': its scale holds nan or inf",)),
     "full precision": ("", lambda made: made, ("no weight of the diffusion model", "QuantizeModel", "LoadAndQuantize")),
 }
 
@@ -377,6 +400,35 @@ def test_refusals(comfyui: Any, folder: Path, full: Tensors, case: str) -> None:
     assert said.startswith(name)
     for text in expected:
         assert text in said
+
+
+def in_diffusers_layout(folder: Path) -> Tensors:
+    model: Any = load_diffusion_model(folder / "digits_flux.safetensors")
+    return dict(model.transformer.state_dict())
+
+
+def test_parts_of_one_matrix_in_several_formats_are_dequantized(comfyui: Any, folder: Path) -> None:
+    """q in bfloat16 and k and v in fp8, which ComfyUI has as one matrix: the values stay what they are."""
+    plain = in_diffusers_layout(folder)
+    cast = {n: t.to(torch.float8_e4m3fn) if n.endswith(("attn.to_k.weight", "attn.to_v.weight")) else t
+            for n, t in plain.items()}  # fmt: skip
+    save_file(cast, folder / "mixed.safetensors")
+    save_file({n: t.to(plain[n].dtype) for n, t in cast.items()}, folder / "mixed-values.safetensors")
+    wanted = comfyui.latent(sampled(("model", 0), {"model": unet("mixed-values.safetensors")}))
+    outputs = comfyui.run(sampled(("q", 0), {"q": loading("mixed.safetensors")}))
+    assert off(comfyui.read_latent(outputs["save"]), wanted) <= SAME
+    report = outputs["q"]["report"][0]
+    done = [e for e in report["entries"] if e["action"] == "dequantize"]
+    assert done
+    assert all("plain, layerwise-fp8-e4m3fn, which cannot be one weight" in e["reason"] for e in done)
+    assert any("tensors were dequantized at load" in note for note in report["notes"])
+
+
+def test_nvfp4_in_diffusers_layout_is_refused_with_the_name_of_the_file(comfyui: Any, folder: Path) -> None:
+    save_file(NATIVE["comfy-nvfp4"](in_diffusers_layout(folder))[0], folder / "parts.safetensors")
+    said = comfyui.fail(sampled(("q", 0), {"q": loading("parts.safetensors")}))["exception_message"]
+    assert said.startswith("parts.safetensors: '")
+    assert "comfy-nvfp4" in said
 
 
 def test_files_of_something_else_are_refused(comfyui: Any, folder: Path) -> None:

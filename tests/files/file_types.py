@@ -129,6 +129,7 @@ def _longer_names(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
 TRAILING, CUT = Damage("header-trailing", _append, True), Damage("header-truncated", _cut, False)
 OWN_TRAILING = Damage("header-trailing", _append, False)  # its checksum says that it is not what was written
 UNNAMED = lost(".comfy_quant", "comfy-quant-missing", mends=True)
+UNNAMED_ROTATED = lost(".comfy_quant", "comfy-quant-missing")  # perhaps: nothing else in the file tells
 ALL_IN_ONE = (Component.VAE, Component.DIFFUSION)  # in the order of their names
 GGUF: dict[str, Any] = {"container": Container.GGUF, "damages": (Damage("", _cut, False),), "node": "LoadGGUF"}
 
@@ -197,8 +198,9 @@ def _comfy(format_id: str, kind: str, off: float, scale: str = ".weight_scale", 
         "written": Written(format_id),
     } | changes  # fmt: skip
     return FileType(
-        scheme="comfy", type=kind, format_id=format_id, off=off, damages=(TRAILING, CUT, lost(scale), UNNAMED), **row
-    )
+        scheme="comfy", type=kind, format_id=format_id, off=off,
+        damages=(TRAILING, CUT, lost(scale), UNNAMED if "fp" in format_id else UNNAMED_ROTATED), **row,
+    )  # fmt: skip
 
 
 TYPES: tuple[FileType, ...] = (
@@ -246,7 +248,7 @@ TYPES: tuple[FileType, ...] = (
         "scaled float8_e4m3fn", "comfy-fp8-e4m3fn", EIGHT, Written("comfy-fp8-e4m3fn", "scaled-fp8"),
         (
             TRAILING, CUT, lost("scaled_fp8", "scaled-fp8-missing", mends=True),
-            lost(".scale_weight", "mixed-schemes", loads=True),
+            lost(".scale_weight", "scale-missing"),
         ),
     ),
     FileType(

@@ -63,7 +63,7 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Tensor], dict
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     change(tensors, metadata)
-    save_file({name: t.clone() for name, t in tensors.items()}, target, metadata)
+    save_file({name: t.clone() for name, t in tensors.items()}, target, metadata or None)
     return target
 
 

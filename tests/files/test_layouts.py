@@ -303,6 +303,31 @@ def test_dtypes_of_parts_meet_in_the_wider() -> None:
     assert torch.equal(tensor[2:], sources["b"].float())
 
 
+@pytest.mark.parametrize("small", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_8_bit_floats_take_the_dtype_of_the_other_part(small: torch.dtype, wide: torch.dtype) -> None:
+    """Which torch has no promotion for."""
+    values: dict[str, Tensor] = {"a": torch.arange(8).to(small), "b": torch.arange(8).to(wide)}
+    metas = {name: TensorMeta(name, t.shape, t.dtype) for name, t in values.items()}
+    for names in (("a", "b"), ("b", "a")):
+        made = target("x", tuple(map(Piece, names)), metas)
+        assert made.dtype == wide
+        joined = assemble(made, values.__getitem__)
+        assert isinstance(joined, Tensor)
+        assert torch.equal(joined, torch.arange(8).repeat(2).to(wide))
+
+
+def test_8_bit_floats_of_two_kinds_meet_in_bfloat16() -> None:
+    """Which holds every value of both."""
+    values = {"a": torch.tensor([448.0]).to(torch.float8_e4m3fn), "b": torch.tensor([57344.0]).to(torch.float8_e5m2)}
+    metas = {name: TensorMeta(name, t.shape, t.dtype) for name, t in values.items()}
+    made = target("x", (Piece("a"), Piece("b")), metas)
+    assert made.dtype == torch.bfloat16
+    joined = assemble(made, values.__getitem__)
+    assert isinstance(joined, Tensor)
+    assert torch.equal(joined.float(), torch.tensor([448.0, 57344.0]))
+
+
 @pytest.mark.parametrize(
     ("piece", "message"),
     [

@@ -18,7 +18,8 @@ from quantwire.quantizers.files.layouts.llama_cpp import (
     mmproj_to_transformers,
     transformers_to_llama_cpp,
 )
-from quantwire.quantizers.files.layouts.target import Value, assemble
+from quantwire.quantizers.files.layouts.target import assemble
+from quantwire.quantizers.files.quantized_file import Value
 from quantwire.quantizers.registry import require
 from quantwire.quantizers.spec import QuantSpec
 from quantwire.quantizers.weight import QuantizedWeight, TensorMeta

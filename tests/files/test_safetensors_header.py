@@ -87,7 +87,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "mark": (b"\xef\xbb\xbf{}", "not JSON ("),
     "half-byte": ({"a": entry("F4", [3], [0, 2])}, "needs 1 bytes, its offsets hold 2"),
     "metadata-number": ({METADATA: {"step": 3}, "a": entry()}, "does not map strings to strings"),
-    "metadata-null": ({METADATA: None, "a": entry()}, "does not map strings to strings"),
+    "metadata-list": ({METADATA: [], "a": entry()}, "does not map strings to strings"),
     "long-values": ({"a": entry(dtype=["x" * 10_000] * 100)}, "has the unknown dtype ["),
     "nested": ({"a": entry(shape=json.loads("[" * 400 + "]" * 400))}, "has the shape ["),
 }  # fmt: skip
@@ -115,7 +115,13 @@ def test_a_sound_file_has_no_faults(tmp_path: Path) -> None:
 
 DAMAGED: dict[str, tuple[Any, int, list[str], list[str]]] = {
     # header, bytes of data, codes, tensors that are readable
-    "dtype": ({"a": entry("F31"), "b": entry(offsets=[16, 32])}, 32, ["header-dtype", "header-hole"], ["b"]),
+    "dtype": ({"a": entry("F31"), "b": entry(offsets=[16, 32])}, 32, ["header-dtype"], ["b"]),
+    "dtype-and-hole": (
+        {"a": entry("F31"), "b": entry(offsets=[20, 36])}, 36, ["header-dtype", "header-hole"], ["b"]
+    ),
+    "dtype-and-trailing": (
+        {"a": entry(), "b": entry("F31", offsets=[16, 32])}, 33, ["header-dtype", "header-trailing"], ["a"]
+    ),
     "overlap": ({"a": entry(), "b": entry(offsets=[8, 24])}, 24, ["header-overlap"], ["a", "b"]),
     "hole": ({"a": entry(), "b": entry(offsets=[20, 36])}, 36, ["header-hole"], ["a", "b"]),
     "truncated": ({"a": entry(), "b": entry(offsets=[16, 32])}, 31, ["header-truncated"], ["a", "b"]),

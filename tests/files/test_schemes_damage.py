@@ -60,7 +60,7 @@ def _kitchen() -> dict[str, Tensor]:
         tensors[f"{kind}.bias"] = torch.zeros(32)
     fp8 = torch.randn(32, 64).to(torch.float8_e4m3fn)
     tensors |= {"scaled_fp8": torch.zeros(0), "old.weight": fp8, "old.scale_weight": torch.tensor(0.5)}
-    return tensors | {"new.weight": fp8, "new.weight_scale": torch.rand(32, 1), "plain.weight": fp8}
+    return tensors | {"new.weight": fp8, "new.weight_scale": torch.rand(32, 1), "vae.plain.weight": fp8}
 
 
 def _own(path: Path) -> None:

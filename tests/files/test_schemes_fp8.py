@@ -78,7 +78,7 @@ def test_marker_without_scales(tmp_path: Path) -> None:
 def test_old_damage(tmp_path: Path) -> None:
     tensors = old()
     tensors["c.scale_weight"] = torch.tensor(1.0)
-    tensors["d.weight"], tensors["d.scale_weight"] = torch.ones(4, 4), torch.tensor(1.0)
+    tensors["d.weight"], tensors["d.scale_weight"] = torch.ones(4, 4), torch.tensor(0.5)
     tensors["a.scale_weight"] = torch.ones(3)
     found = scan_of(tmp_path, tensors)
     assert sorted(codes(found)) == ["scale-shape", "scale-without-weight", "tensor-dtype"]
@@ -156,3 +156,48 @@ def test_looking_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     paths = [str(tmp_path / "model.safetensors"), str(tmp_path / "own.safetensors")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "4 []"
+
+
+def learned() -> Tensors:
+    """As converters that write a scale for every layer have it: 1 for those that are no fp8 matrices."""
+    tensors = old()
+    tensors |= {"kept.weight": torch.ones(16, 32, dtype=torch.bfloat16), "kept.scale_weight": torch.tensor(1.0)}
+    tensors |= {"kept.scale_input": torch.tensor(1.0)}
+    tensors |= {"norm.weight": torch.ones(16).to(E4M3), "norm.scale_weight": torch.ones(1)}
+    conv = torch.ones(4, 2, 3, 3).to(E4M3)
+    return tensors | {"conv.weight": conv, "conv.scale_weight": torch.tensor(1.0, dtype=torch.bfloat16)}
+
+
+def test_scales_of_one_beside_other_weights_are_surplus(tmp_path: Path) -> None:
+    found = scan_of(tmp_path, learned())
+    assert set(found.layers) == {"a.weight", "b.0.weight"}
+    assert set(found.plain) == {"a.bias", "b.0.bias", "kept.weight", "norm.weight", "conv.weight"}
+    assert [(f.code, f.tensor, f.fatal) for f in found.faults] == [
+        ("scale-surplus", "kept.scale_weight", False), ("scale-surplus", "norm.scale_weight", False),
+    ]  # fmt: skip
+    assert "2 scales are 1" in found.faults[1].text
+    assert torch.equal(dequantized(found, "a.weight", torch.float32), fp8().float() * 0.25)
+
+
+@pytest.mark.parametrize("name", ["kept", "norm", "conv"])
+def test_other_scales_there_are_errors(tmp_path: Path, name: str) -> None:
+    tensors = learned()
+    tensors[f"{name}.scale_weight"] = torch.tensor(0.5)
+    found = scan_of(tmp_path, tensors)
+    assert len(codes(found, fatal=True)) == 1
+    assert found.layers[f"{name}.weight"].format_id == ""
+
+
+def test_the_doctor_drops_surplus_scales(tmp_path: Path) -> None:
+    from quantwire.quantizers.files.doctor import diagnose
+    from quantwire.quantizers.files.repair import repair
+    from safetensors.torch import load_file
+
+    source = scan_of(tmp_path, learned()).file.path
+    done = repair(source, tmp_path / "mended.safetensors")
+    assert "scale-surplus" not in [f.code for f in done.after.findings]
+    assert done.after == diagnose(tmp_path / "mended.safetensors")
+    kept = {n: t for n, t in learned().items() if not n.startswith(("kept.scale", "norm.scale", "conv.scale"))}
+    mended = load_file(tmp_path / "mended.safetensors")
+    assert set(mended) == set(kept)
+    assert all(torch.equal(raw(t), raw(mended[n])) for n, t in kept.items())

@@ -211,12 +211,13 @@ def test_what_is_in_the_wanted_format_is_copied(tmp_path: Path, source: Path, wh
     for name in (QKV, f"{QKV}_scale"):
         assert torch.equal(before[name].float(), after[name].float())
     strings = metadata(tmp_path / "b.safetensors")
-    assert (
-        json.loads(strings["quantwire_conversion"])["before"]
-        == metadata(whole / "a.safetensors")["quantwire_conversion"]
-    )
+    first, told = (json.loads(s["quantwire_conversion"]) for s in (metadata(whole / "a.safetensors"), strings))
+    assert told["before"] == [first]
     run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "BF16")
     assert "_quantization_metadata" not in metadata(tmp_path / "c.safetensors")
+    plain = json.loads(metadata(tmp_path / "c.safetensors")["quantwire_conversion"])
+    assert (plain["source"]["name"], plain["spec"], plain["layout"]) == ("b.safetensors", "BF16", "plain")
+    assert plain["before"] == [{k: v for k, v in told.items() if k != "before"}, first]
     assert metadata(tmp_path / "c.safetensors")["modelspec.title"] == "Odd"
 
 

@@ -275,7 +275,7 @@ def test_faults_are_refused_with_what_tells_more(tensors: Mapping[str, Tensor], 
 
 def test_scales_that_are_not_numbers_are_refused(tensors: Mapping[str, Tensor], tmp_path: Path) -> None:
     path = damaged(tensors, tmp_path, lambda t: t[f"{FIRST}.weight.absmax"].fill_(torch.nan), "bnb-nf4")
-    with pytest.raises(WeightError, match=f"'{FIRST}.weight': its absmax holds nan or inf"):
+    with pytest.raises(WeightError, match=f"^model.safetensors: '{FIRST}.weight': its absmax holds nan or inf"):
         load_quantized(path)
 
 
@@ -333,3 +333,46 @@ def test_gguf_files_go_to_their_loader(tensors: Mapping[str, Tensor], tmp_path: 
     model, report = load_quantized(tmp_path / "model.gguf")
     assert report.format_id == "gguf-q8-0"
     assert torch.isfinite(velocity(model)).all()
+
+
+def test_a_dropped_scale_is_refused(tensors: Mapping[str, Tensor], tmp_path: Path) -> None:
+    """Read as a plain cast the layer would be noise, without a word."""
+
+    def drop(t: dict[str, Tensor]) -> None:
+        del t[f"{FIRST}.weight_scale"], t[f"{FIRST}.comfy_quant"]
+
+    path = damaged(tensors, tmp_path, drop)
+    with pytest.raises(
+        FileError, match=rf"^model.safetensors: '{FIRST}.weight' is F8_E4M3 without a scale, and \d+ la"
+    ):
+        load_quantized(path)
+
+
+def test_codes_without_scales_are_refused(tensors: Mapping[str, Tensor], tmp_path: Path) -> None:
+    def drop(t: dict[str, Tensor]) -> None:
+        for name in [name for name in t if name.endswith(".SCB")]:
+            del t[name], t[name.replace("SCB", "weight_format")]
+
+    path = damaged(tensors, tmp_path, drop, "bnb-int8")
+    with pytest.raises(
+        FileError, match=r"^model.safetensors: 'double_blocks.0.*' is I8 .* codes whose scales are missing"
+    ):
+        load_quantized(path)
+
+
+def test_scales_of_one_beside_plain_weights_change_nothing(tensors: Mapping[str, Tensor], tmp_path: Path) -> None:
+    def scaled(t: dict[str, Tensor]) -> None:
+        t["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        for name in [name for name in t if name.endswith(".comfy_quant")]:
+            del t[name]
+            layer = name.removesuffix(".comfy_quant")
+            t[f"{layer}.scale_weight"] = t.pop(f"{layer}.weight_scale")
+
+    def surplus(t: dict[str, Tensor]) -> None:
+        scaled(t)
+        t["img_in.scale_weight"] = torch.tensor(1.0)
+
+    wanted = velocity(load_quantized(damaged(tensors, tmp_path, scaled))[0])
+    model, report = load_quantized(damaged(tensors, tmp_path, surplus))
+    assert torch.equal(velocity(model), wanted)
+    assert any("'img_in.scale_weight' beside BF16" in text for text in report.warnings)

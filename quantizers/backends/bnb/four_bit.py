@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INSTALL = "Run `pip install bitsandbytes`, or choose quanto-qint4 or gguf-q4-0."
 DEFAULT_BLOCK_SIZE = 64
-SLAB_NUMEL = 1 << 22  # on the CPU the library takes several times the weight's memory
+SLAB_NUMEL = 1 << 18  # on the CPU the library takes several times the weight's memory
 NESTED_BLOCK_SIZE = 256
 # Above it the library's CPU path goes through torch.compile, once for each shape: tens of seconds, and a C++ compiler.
 LARGEST_CPU_BLOCK = 1024
@@ -81,21 +81,26 @@ class BnbFourBit(Quantizer):
         nested = bool(spec.option("bits4-use-double-quant", False))
         block_size = int(spec.option("bits4-block-size", DEFAULT_BLOCK_SIZE))
         flat = w.contiguous().view(-1)
-        step = flat.numel() if nested or w.device.type != "cpu" else SLAB_NUMEL  # whole blocks: 64 to 4096 divide it
-        slabs: tuple[Tensor, ...] = cast(Any, flat).split(step) if flat.numel() > step else (w.contiguous(),)
-        made: list[tuple[Tensor, Any]] = [
-            _library().functional.quantize_4bit(
-                slab, blocksize=block_size, compress_statistics=nested, quant_type=self.quant_type
+        step = SLAB_NUMEL if w.device.type == "cpu" else flat.numel()  # whole blocks: 64 to 4096 divide it
+        cut = flat.numel() > step
+        slabs: tuple[Tensor, ...] = cast(Any, flat).split(step) if cut else (w.contiguous(),)
+        packed = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8) if cut else None
+        made: list[Any] = []
+        for i, slab in enumerate(slabs):
+            part, state = _library().functional.quantize_4bit(
+                slab, blocksize=block_size, compress_statistics=nested and not cut, quant_type=self.quant_type
             )
-            for slab in slabs
-        ]
-        state = made[0][1]
-        packed = [part.view(-1) for part, _ in made]
-        qdata = (packed[0] if len(made) == 1 else torch.cat(packed)).view(_storage(spec)).unsqueeze(1)
-        absmax = state.absmax if len(made) == 1 else torch.cat([s.absmax for _, s in made])
+            made.append(state)
+            if packed is None:
+                packed = part.view(-1)
+            else:
+                packed[i * step // 2 : i * step // 2 + part.numel()] = part.view(-1)
+        assert packed is not None
+        qdata = packed.view(_storage(spec)).unsqueeze(1)
+        absmax = torch.cat([s.absmax for s in made]) if cut else made[0].absmax
         tensors: dict[str, Tensor] = {"qdata": qdata, "absmax": absmax}
         if nested:
-            tensors |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
+            tensors |= _nested(absmax) if cut else _nested_of(made[0])
         meta = {"compute_dtype": spec.option("bits4-compute-dtype", None)}
         if block_size != DEFAULT_BLOCK_SIZE:
             meta["block_size"] = block_size
@@ -252,6 +257,17 @@ def plain_absmax(q: QuantizedWeight) -> Tensor:
     codes = t["absmax"].reshape(-1)
     scale = t["nested_absmax"].reshape(-1).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
     return t["nested_code"][codes.int()] * scale + t["offset"]
+
+
+def _nested_of(state: Any) -> dict[str, Tensor]:
+    return {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
+
+
+def _nested(absmax: Tensor) -> dict[str, Tensor]:
+    """Maxima (blocks,) float32, quantized as `quantize_4bit` does with `compress_statistics`."""
+    offset = absmax.mean()
+    codes, state = _library().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    return {"absmax": codes, "nested_absmax": state.absmax, "nested_code": state.code, "offset": offset}
 
 
 def _block_size(q: QuantizedWeight) -> int:

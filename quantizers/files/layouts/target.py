@@ -90,7 +90,7 @@ def target(name: str, pieces: tuple[Piece, ...], metas: Mapping[str, TensorMeta]
         if meta is None:
             raise FileError(f"'{piece.source}': missing, and '{name}' is made of it.\nThe file is not complete.")
         kind = torch.float32 if piece.add else meta.dtype
-        dtype = kind if dtype is None else torch.promote_types(dtype, kind)
+        dtype = kind if dtype is None else promoted(dtype, kind)
         shapes.append(_cut_shape(piece, meta.shape))
     if dtype is None:
         raise FileError(f"'{name}': made of nothing.")
@@ -100,6 +100,18 @@ def target(name: str, pieces: tuple[Piece, ...], metas: Mapping[str, TensorMeta]
         shown = ", ".join(f"'{p.source}' {s}" for p, s in zip(pieces, shapes, strict=True))
         raise FileError(f"'{name}': its parts do not fit together: {shown}.")
     return Target(name, (sum(s[0] for s in shapes), *shapes[0][1:]), dtype, pieces)
+
+
+def promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The dtype that holds the values of two. 8-bit floats, which torch does not promote, fit into all others."""
+    import torch
+
+    if a == b:
+        return a
+    wide = [t for t in (a, b) if not t.is_floating_point or t.itemsize > 1]
+    if len(wide) == 1 and wide[0].is_floating_point:
+        return wide[0]
+    return torch.promote_types(*wide) if len(wide) == 2 else torch.bfloat16
 
 
 def _cut_shape(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from .bnb import BnbScheme
 from .comfy import ComfyScheme
 from .compressed import CompressedTensorsScheme
 from .gguf import GgufScheme
-from .named import AwqScheme, GptqScheme, SvdQuantScheme
+from .named import AwqScheme, Fp8ScaleScheme, GptqScheme, SvdQuantScheme, TinyChatScheme
 from .nncf import NncfScheme
 from .own import OwnScheme
 from .plain_fp8 import PlainFp8Scheme
@@ -15,6 +15,7 @@ from .quanto import QuantoScheme
 from .scaled_fp8 import ScaledFp8Scheme
 from .sdnq import SdnqScheme
 from .torchao import TorchaoScheme
+from .unclaimed import UnclaimedScheme
 
 SCHEMES: tuple[Scheme, ...] = (
     OwnScheme(),
@@ -28,7 +29,12 @@ SCHEMES: tuple[Scheme, ...] = (
     CompressedTensorsScheme(),
     GptqScheme(),
     AwqScheme(),
+    TinyChatScheme(),
     SvdQuantScheme(),
     ScaledFp8Scheme(),
+    Fp8ScaleScheme(),
     PlainFp8Scheme(),
 )
+
+# Names what the others leave of layers that lost their scales; it looks at all that they found.
+UNCLAIMED = UnclaimedScheme()

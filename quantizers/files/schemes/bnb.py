@@ -49,7 +49,7 @@ class BnbScheme:
             kinds = [last for last in lasts if last.startswith(KEY)]
             if group.endswith(STATE) and kinds:
                 yield from _four_bit(file, group.removesuffix(STATE), kinds)
-            elif "quant_map" in lasts and f"{group}{STATE}" not in file.groups:
+            elif f"{group}{STATE}" not in file.groups and _has_scales(file, group, lasts):
                 text = f"'{group}{STATE}.{KEY}nf4' (or fp4), which has shape and block size, is missing."
                 yield from _unusable(file, group, Fault("quant-state-missing", group, text, _FAILS))
             elif "SCB" in lasts or ("weight_format" in lasts and file.has(f"{group}.weight", "I8")):
@@ -57,6 +57,11 @@ class BnbScheme:
 
     def weight(self, layer: Layer, read: Read) -> QuantizedWeight:
         return _int8_weight(layer, read) if layer.format_id == "bnb-int8" else _four_bit_weight(layer, read)
+
+
+def _has_scales(file: ModelFile, group: str, lasts: tuple[str, ...]) -> bool:
+    """Whether a weight has a codebook, or block maxima alone, and is not of this pack's own layout, as `own` has it."""
+    return "quant_map" in lasts or ("absmax" in lasts and group.endswith(".weight") and group not in file.metadata)
 
 
 def _four_bit_weight(layer: Layer, read: Read) -> QuantizedWeight:
@@ -197,9 +202,8 @@ def _int8(file: ModelFile, group: str, threshold: float) -> Iterator[Layer | Fau
     if name not in file.entries:
         yield Fault("weight-missing", name, f"'{name}' is missing, but its scales '{scale}' are there.", _FAILS)
         return
-    tensors = {"qdata": name, "absmax": scale}
-    if f"{group}.weight_format" in file.entries:
-        tensors["weight_format"] = f"{group}.weight_format"
+    roles = {"qdata": name, "absmax": scale, "weight_format": f"{group}.weight_format"}
+    tensors = {role: tensor for role, tensor in roles.items() if tensor in file.entries}
     shape = file.entries[name].shape
 
     def make() -> Layer:

@@ -4,9 +4,10 @@ Per layer `X.weight`, its scales, and what it is: `X.comfy_quant`, JSON in bytes
 JSON under X in `layers` of the file's metadata `_quantization_metadata`, which wins where both stand. See `comfy_parts`
 for the tensors of each format.
 
-nvfp4 and mxfp8 are stored padded to multiples of 16 and 32. The host knows (N, K) from its model; a file tells N by the
-length of the bias at most, and K not at all. So `Layer.shape` is (N by the bias, K as stored), and who knows the
-model's shape gives `dataclasses.replace(layer, shape=(n, k))` to `weight`.
+nvfp4 and mxfp8 are stored padded to multiples of 16 and 32. The host knows (N, K) from its model; a file of others
+tells N by the length of the bias at most, and K not at all. So `Layer.shape` is (N by the bias, K as stored), unless
+the JSON has an `orig_shape`, which this pack writes for padded weights. Who knows the model's shape gives
+`dataclasses.replace(layer, shape=(n, k))` to `weight`.
 
 `input_scale` (of the activations) and `pre_quant_scale` (K factors of the activations, which AWQ moved out of the
 weight) are attributes of ComfyUI's layer, not of the weight: they are roles of the layer and named in its options. A
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import FileError
+from ..faults import STOCK_LOADERS
 from ..model_file import ModelFile
 from .base import Fault, Layer
 from .broken import Broken, attempt
@@ -37,6 +39,10 @@ METADATA = "_quantization_metadata"
 SUFFIX = "comfy_quant"
 PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "diffusion_model.")
 _STOPS = "ComfyUI stops with an error while it loads the file."
+DEFAULTS: Mapping[str, Any] = {
+    **{"full_precision_matrix_mult": False, "convrot": False, "convrot_groupsize": 256, "group_size": 16},
+    **{"linear_dtype": "int4", "params": {}},
+}
 
 
 class ComfyScheme:
@@ -133,11 +139,16 @@ def _layers(file: ModelFile) -> tuple[dict[str, Conf], list[Fault]]:
             found[name] = {}
     named, more = _from_metadata(file)
     for name, conf in named.items():
-        if found.get(name) and found[name] != conf:
+        if found.get(name) and _meant(found[name]) != _meant(conf):
             text = f"'{name}.{SUFFIX}' says {found[name]}, and {METADATA} says {conf}."
             faults.append(Fault("metadata-disagrees", name, text, f"ComfyUI takes what {METADATA} says.", fatal=False))
         found[name] = conf
     return found, faults + more
+
+
+def _meant(conf: Conf) -> dict[str, Any]:
+    """Without what says no more than its absence."""
+    return {key: value for key, value in conf.items() if key not in DEFAULTS or value != DEFAULTS[key]}
 
 
 def _from_metadata(file: ModelFile) -> tuple[dict[str, Conf], list[Fault]]:
@@ -186,6 +197,7 @@ def _prefix_faults(other: Mapping[str, list[str]]) -> Iterator[Fault]:
             f"{METADATA} names {len(names)} layers without the prefix that their tensors have, such as '{names[0]}'.",
             "UNETLoader finds them; CheckpointLoaderSimple takes the packed values for weights: an error, or noise.",
             fatal=False,
+            misread_by=("CheckpointLoaderSimple",),
         )
     if names := other["surplus"]:
         yield Fault(
@@ -194,4 +206,5 @@ def _prefix_faults(other: Mapping[str, list[str]]) -> Iterator[Fault]:
             f"{METADATA} names {len(names)} layers with a prefix that their tensors lack, such as '{names[0]}'.",
             "ComfyUI looks for the model behind that prefix, finds no tensors there and stops with an error.",
             fatal=False,
+            misread_by=STOCK_LOADERS,
         )

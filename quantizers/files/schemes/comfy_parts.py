@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
+from ..faults import STOCK_LOADERS
 from ..model_file import Entry, ModelFile
 from .base import Fault
 from .broken import FLOATS, Broken, need, need_numel
@@ -32,10 +33,15 @@ FORMATS = (
     *("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"),
 )
 FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+WIDER = (*FLOATS, "F64")  # comfy-kitchen casts the scales of fp8 and nvfp4 to float32 when they are loaded
 ROTATIONS = (4, 16, 64, 256, 1024, 4096)
+# Beside the format in a layer's JSON: (N, K) of a padded weight. Ours; ComfyUI takes the keys that it knows.
+SHAPE = "orig_shape"
 _STOPS = "ComfyUI stops with an error while it loads the layer."
 _FAILS = "ComfyUI stops with an error when the layer is first used."
 _CASTS = "ComfyUI casts it to the dtype that it expects, number by number: noise, unless that changes none."
+_KERNELS = "ComfyUI's kernels take F32, F16 or BF16 there: it stops with an error when the layer is first used."
+_S_CHANNEL = "ComfyUI's kernels take F32 there alone: it stops with an error when the layer is first used."
 _ROWS = "ComfyUI's fp8 product takes one scale a tensor: it stops with an error when the layer is first used."
 _FLAT = "ComfyUI's product takes it, but a LoRA on the layer stops with an error, or scales columns where N is K."
 
@@ -101,14 +107,14 @@ def fp8(file: ModelFile, weight: Entry, scale_name: str, missing: str, flat: boo
         missing: what a loader makes of a missing scale.
         flat: whether (N) is one a row too, and none of it is meant for ComfyUI.
     """
-    scale = need(file, scale_name, missing, *FLOATS, cast=_CASTS)
+    scale = need(file, scale_name, missing, *WIDER, cast=_CASTS)
     kind = "e4m3fn" if weight.dtype == "F8_E4M3" else "e5m2"
     n = weight.shape[0]
     if scale.numel == 1:
         return Seen(f"comfy-fp8-{kind}", weight.shape, {"scale": scale_name}, {"scale": "tensor"})
     if scale.shape == (n, 1) or (flat and scale.shape == (n,)):
         text = f"'{scale_name}' has shape {list(scale.shape)}: one scale a row."
-        doubts = () if flat else (Fault("scale-rows", scale_name, text, _ROWS, fatal=False),)
+        doubts = () if flat else (Fault("scale-rows", scale_name, text, _ROWS, False, STOCK_LOADERS),)
         format_id = f"quanto-qfloat8-{kind}"
         return Seen(format_id, weight.shape, {"scale": scale_name}, {"scale": "row"}, doubts=doubts)
     text = f"'{scale_name}' has shape {list(scale.shape)}, expected one value or [{n}, 1]."
@@ -117,32 +123,47 @@ def fp8(file: ModelFile, weight: Entry, scale_name: str, missing: str, flat: boo
 
 def _mxfp8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     need(file, weight.name, _CASTS, "F8_E4M3")
-    n, k = _padded(file, name, weight, weight.shape[1], 32)
+    (n, k), told = _padded(file, name, weight, conf, weight.shape[1], 32)
     scale = need(file, f"{name}.weight_scale", _STOPS, "F8_E8M0", "U8", cast=_FAILS)
-    _need_tiles(scale, weight.shape[0], k // 32)
-    return Seen("comfy-mxfp8", (n, k), {"scale": scale.name}, {"block_size": 32})
+    _need_tiles(scale, weight.shape[0], weight.shape[1] // 32)
+    return Seen("comfy-mxfp8", (n, k), {"scale": scale.name}, {"block_size": 32, **told})
 
 
 def _nvfp4(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     need(file, weight.name, _CASTS, "U8", "I8")
-    n, k = _padded(file, name, weight, 2 * weight.shape[1], 16)
+    (n, k), told = _padded(file, name, weight, conf, 2 * weight.shape[1], 16)
     blocks = need(file, f"{name}.weight_scale", _STOPS, "F8_E4M3", "U8", cast=_FAILS)
-    whole = need(file, f"{name}.weight_scale_2", _STOPS, *FLOATS, cast=_CASTS)
+    whole = need(file, f"{name}.weight_scale_2", _STOPS, *WIDER, cast=_CASTS)
     need_numel(whole, 1, _FAILS)
-    _need_tiles(blocks, weight.shape[0], k // 16)
-    return Seen("comfy-nvfp4", (n, k), {"scale": whole.name, "block_scale": blocks.name}, {"block_size": 16})
+    _need_tiles(blocks, weight.shape[0], 2 * weight.shape[1] // 16)
+    roles = {"scale": whole.name, "block_scale": blocks.name}
+    return Seen("comfy-nvfp4", (n, k), roles, {"block_size": 16, **told})
 
 
-def _padded(file: ModelFile, name: str, weight: Entry, k: int, multiple: int) -> tuple[int, int]:
-    """(N, K): rows as the bias has them where it fits, columns as stored."""
+def _padded(
+    file: ModelFile, name: str, weight: Entry, conf: Conf, k: int, multiple: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """(N, K) as the JSON tells, else rows as the bias has them where it fits, columns as stored; what was told."""
     rows = weight.shape[0]
     if rows % multiple or k % multiple:
         text = f"'{weight.name}' holds ({rows}, {k}) values, expected multiples of {multiple}."
         raise Broken("tensor-shape", weight.name, text, _FAILS)
+    if (told := conf.get(SHAPE)) is not None:
+        n, width = _told(weight, told, (rows, k), multiple)
+        return (n, width), {SHAPE: [n, width]}
     bias = file.entries.get(f"{name}.bias")
     if bias is not None and len(bias.shape) == 1 and rows - multiple < bias.shape[0] <= rows:
-        return bias.shape[0], k
-    return rows, k
+        return (bias.shape[0], k), {}
+    return (rows, k), {}
+
+
+def _told(weight: Entry, told: object, stored: tuple[int, int], multiple: int) -> tuple[int, int]:
+    shape = cast("list[Any]", told) if isinstance(told, list) else []
+    fit = [type(n) is int and have - multiple < n <= have for n, have in zip(shape, stored, strict=False)]
+    if len(shape) != 2 or fit != [True, True]:
+        text = f"'{weight.name}' holds {stored} values, and its {SHAPE} says {told!r}."
+        raise Broken("comfy-quant", weight.name, text, "ComfyUI does not read it.")
+    return shape[0], shape[1]
 
 
 def _need_tiles(scale: Entry, rows: int, columns: int) -> None:
@@ -158,7 +179,7 @@ def _need_tiles(scale: Entry, rows: int, columns: int) -> None:
 def _int8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     need(file, weight.name, _CASTS, "I8")
     n, k = weight.shape
-    scale = need(file, f"{name}.weight_scale", _STOPS, *FLOATS, cast=_CASTS)
+    scale = need(file, f"{name}.weight_scale", _STOPS, *FLOATS, cast=_KERNELS)
     doubts: tuple[Fault, ...] = ()
     if scale.shape == (n,) and n > 1:
         text = f"'{scale.name}' has shape [{n}], expected [{n}, 1]."
@@ -176,7 +197,7 @@ def _int8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
 def _w4a4(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     need(file, weight.name, _CASTS, "I8", "U8")
     n, k = weight.shape[0], 2 * weight.shape[1]
-    scale = need(file, f"{name}.weight_scale", _STOPS, *FLOATS, cast=_CASTS)
+    scale = need(file, f"{name}.weight_scale", _STOPS, *FLOATS, cast=_KERNELS)
     need_numel(scale, n, _FAILS)
     linear = _value(conf, "linear_dtype", "int4")
     if linear not in ("int4", "int8"):
@@ -190,8 +211,12 @@ def _w4a4(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
 def _w4a8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     need(file, weight.name, _CASTS, "I8", "U8")
     scale = need(file, f"{name}.weight_s_rel", _STOPS, "F8_E4M3", "U8", cast=_FAILS)
-    channel = need(file, f"{name}.weight_s_channel", _STOPS, *FLOATS, cast=_CASTS)
-    group = _value(conf, "group_size", 16)
+    channel = need(file, f"{name}.weight_s_channel", _STOPS, *FLOATS, cast=_S_CHANNEL)
+    doubts: tuple[Fault, ...] = ()
+    if channel.dtype != "F32":
+        text = f"'{channel.name}' is {channel.dtype}, expected F32."
+        doubts = (Fault("scale-dtype", channel.name, text, _S_CHANNEL, False, STOCK_LOADERS),)
+    group = _whole(_value(conf, "group_size", 16))
     n = weight.shape[0]
     if len(scale.shape) != 2 or scale.shape[0] != n or type(group) is not int or group < 4:
         text = f"'{scale.name}' has shape {list(scale.shape)}, expected [{n}, K / {group}]."
@@ -201,6 +226,7 @@ def _w4a8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     roles = {"scale": scale.name, "s_channel": channel.name}
     options = {"group_size": group, "convrot_groupsize": _rotation(conf, weight, k)}
     if (codebook := file.entries.get(f"{name}.weight_codebook")) is not None:
+        need(file, codebook.name, _STOPS, *FLOATS, cast=_FAILS)
         need_numel(codebook, 16, _STOPS)
         roles["codebook"] = codebook.name
     if (correction := file.entries.get(f"{name}.weight_correction")) is not None:
@@ -215,7 +241,7 @@ def _w4a8(file: ModelFile, name: str, weight: Entry, conf: Conf) -> Seen:
     if 2 * weight.shape[1] != k:
         text = f"'{weight.name}' has {weight.shape[1]} bytes a row, and K={k} by its scales needs {k // 2}."
         raise Broken("tensor-shape", weight.name, text, _FAILS)
-    return Seen("comfy-w4a8", (n, k), roles, options)
+    return Seen("comfy-w4a8", (n, k), roles, options, doubts=doubts)
 
 
 _LOOKS = {
@@ -232,8 +258,16 @@ def _value(conf: Conf, key: str, default: Any) -> Any:
     return conf.get(key, default)
 
 
+def _whole(value: Any) -> Any:
+    """A number as ComfyUI reads it, which takes "256" too; what is none stays what it is."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
 def _rotation(conf: Conf, weight: Entry, k: int) -> int:
-    size = _value(conf, "convrot_groupsize", 256)
+    size = _whole(_value(conf, "convrot_groupsize", 256))
     if type(size) is not int or size not in ROTATIONS or k % size:
         text = f"'{weight.name}' has K={k} and convrot_groupsize {size!r}, expected a power of 4 that divides K."
         raise Broken("comfy-quant", weight.name, text, _FAILS)
@@ -253,7 +287,7 @@ def guess(file: ModelFile, name: str) -> dict[str, Any] | None:
         return {"format": "nvfp4"}
     if weight.dtype == "F8_E4M3" and scale.dtype == "F8_E8M0":
         return {"format": "mxfp8"}
-    if weight.dtype == "I8" and scale.dtype == "F32":
+    if weight.dtype == "I8" and scale.dtype in FLOATS:
         if scale.shape == (weight.shape[0],):
             return {"format": "convrot_w4a4"}
         if scale.numel == 1 or scale.shape == (weight.shape[0], 1):

@@ -64,6 +64,9 @@ class CompressedTensorsScheme:
                 yield _sparse(file, dot, lasts)
             elif config and "weight" in lasts and file.has(f"{dot}weight", *BYTES):
                 yield from _layer(file, dot, "weight", config)
+            elif config and "weight_scale" in lasts and file.has(f"{dot}weight", *FLOATS):
+                text = f"'{dot}weight' is {file.entries[f'{dot}weight'].dtype} beside scales, expected codes."
+                yield Fault("tensor-dtype", f"{dot}weight", text, _NOISE, fatal=False)
 
     def weight(self, layer: Layer, read: Read) -> QuantizedWeight:
         from ..quantized_file import DTYPES
@@ -87,6 +90,9 @@ def _layer(file: ModelFile, dot: str, stored: str, config: Mapping[str, Any]) ->
 
     def make() -> Layer:
         qdata, scale = file.entries[tensors["qdata"]], need(file, f"{dot}weight_scale", _FAILS)
+        if len(qdata.shape) < 2:
+            text = f"'{qdata.name}' has shape {list(qdata.shape)}, expected (N, K)."
+            raise Broken("weight-size", qdata.name, text, _NOISE)
         if len(qdata.shape) != 2:
             return _refused(layer, f"a weight of shape {list(qdata.shape)}, and only those of linear layers are loaded")
         if "g_idx" in layer.tensors:
@@ -135,6 +141,9 @@ def _block(qdata: tuple[int, ...], scale: Entry) -> tuple[int, int]:
     n, k = qdata
     if scale.numel == 1:
         return n, k
+    if len(scale.shape) == 1 and scale.numel != n:
+        text = f"'{scale.name}' has shape {list(scale.shape)}, expected one value or one a row of {list(qdata)}."
+        raise Broken("scale-shape", scale.name, text, _NOISE)
     rows, columns = (scale.shape if len(scale.shape) == 2 else (scale.numel, 1)) if scale.shape else (0, 0)
     if not rows or not columns or n % rows or k % columns:
         text = f"'{scale.name}' has shape {list(scale.shape)}, expected one that divides {list(qdata)}."

@@ -1,9 +1,11 @@
-"""Layouts that are known and named, but not loaded: GPTQ, AWQ and nunchaku's SVDQuant.
+"""Layouts that are known and named, but not loaded: GPTQ, AWQ, nunchaku's SVDQuant, fp8 with a scale of its own.
 
     GPTQ        X.qweight int32 (K * bits / 32, N), X.qzeros, X.scales (G, N), X.g_idx
     AWQ         X.qweight int32 (K, N * bits / 32), X.qzeros, X.scales (G, N), values of a word interleaved
+    TinyChat    X.qweight of 4-bit values, four rows interleaved, X.scales (G, N), X.scaled_zeros; nunchaku's T5 too
     SVDQuant    X.qweight int8 (N, K/2), X.wscales (K/64 or K/16, N), X.proj_down and X.proj_up (older: lora_down,
                 lora_up), X.smooth_factor; of its AWQ layers X.qweight int32 (N/4, K/2), X.wscales, X.wzeros
+    fp8         X.weight fp8 with X.scale or X.weight.scale, and no config that says what the scale is
 
 Their values are packed for the kernels that read them, and no format here holds the same numbers.
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 INTEGER_PARTS = ("qweight", "qzeros", "scales")
 DEFAULT_BITS = 4  # of GPTQ without a config, as nearly all have
 SVDQ_SCALES = "wscales"
+TINYCHAT_ZEROS = "scaled_zeros"
+FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 SVDQ_PARTS = {SVDQ_SCALES, "wzeros", "lora_down", "lora_up", "proj_down", "proj_up", "smooth_factor"}
 _FAILS = "Every loader of this layout stops with an error about missing keys."
 
@@ -100,9 +104,28 @@ class AwqScheme(_Named):
             yield self.named(file, module, lasts, f"AWQ, {bits} bits" if bits else "AWQ", shape)
 
 
+class TinyChatScheme(_Named):
+    id = "awq-tinychat"
+    title = "AWQ"
+    library = "llm-awq (TinyChat), nunchaku"
+    why = (
+        "packed for TinyChat's kernels.\nOpen it with nunchaku's nodes, if it is a text encoder for them; here, use "
+        "the full-precision or a GGUF file."
+    )
+
+    def find(self, file: ModelFile) -> Iterable[Layer | Fault]:
+        for module, lasts in file.groups.items():
+            if not {"qweight", "scales", TINYCHAT_ZEROS} <= set(lasts):
+                continue
+            qweight, scales = file.entries[f"{module}.qweight"], file.entries[f"{module}.scales"].shape
+            n = scales[-1] if len(scales) == 2 else 0
+            yield self.named(file, module, lasts, "AWQ, 4 bits", (n, 2 * qweight.nbytes // n) if n else qweight.shape)
+
+
 def _integers(file: ModelFile) -> Iterator[tuple[str, tuple[str, ...]]]:
     for module, lasts in file.groups.items():
-        if ("qweight" in lasts and SVDQ_PARTS.isdisjoint(lasts)) or "qzeros" in lasts:
+        integer = "qweight" in lasts and SVDQ_PARTS.isdisjoint(lasts) and TINYCHAT_ZEROS not in lasts
+        if integer or "qzeros" in lasts:
             yield module, lasts
 
 
@@ -127,7 +150,7 @@ def _bits(file: ModelFile) -> int:
 
 class SvdQuantScheme(_Named):
     id = "svdquant"
-    title = "nunchaku SVDQuant"
+    title = "nunchaku"
     library = "nunchaku (deepcompressor)"
     why = (
         "4-bit weights packed for nunchaku's kernels, with low-rank factors in 16 bits.\nOpen it with nunchaku's nodes "
@@ -147,6 +170,26 @@ class SvdQuantScheme(_Named):
                 shape = (4 * shape[0], 2 * shape[1]) if awq else (shape[0], 2 * shape[1])
             kind = "AWQ, 4 bits" if awq else _svdq_type(file, module)
             yield self.named(file, module, lasts, kind, shape)
+
+
+class Fp8ScaleScheme(_Named):
+    id = "fp8-scale"
+    title = "fp8"
+    library = "a program that the file does not name"
+    why = (
+        "nothing says whether its scale is multiplied or divided by, or what else was done.\nSDNQ says so in the "
+        "config.json of its folder: give the folder if the file is of SDNQ. Else convert the full-precision model."
+    )
+
+    def find(self, file: ModelFile) -> Iterable[Layer | Fault]:
+        for name, entry in file.entries.items():
+            if entry.dtype not in FP8 or len(entry.shape) < 2 or not name.endswith(".weight"):
+                continue
+            places = (f"{name}.scale", f"{name.removesuffix('weight')}scale")
+            scale = next((x for x in places if file.has(x, *FLOATS)), None)
+            if scale is not None:
+                kind, roles = f"{FP8[entry.dtype]} with a scale", {"qdata": name, "scale": scale}
+                yield Layer(name, self.id, kind, "", roles, entry.shape, why=self.why)
 
 
 def _svdq_type(file: ModelFile, module: str) -> str:

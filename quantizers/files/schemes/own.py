@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from ...registry import is_format
 from ..model_file import ModelFile
 from .base import Fault, Layer
 from .broken import Broken, attempt
@@ -47,6 +46,8 @@ class OwnScheme:
         )
 
     def _checked(self, file: ModelFile, name: str, layer: Mapping[str, Any]) -> Layer:
+        from ...registry import is_format  # few files need the table of formats
+
         roles = {part: _key(name, part) for part in _parts(layer)}
         missing = [tensor for tensor in roles.values() if tensor not in file.entries]
         if missing or "qdata" not in roles:

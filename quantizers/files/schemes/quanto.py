@@ -174,6 +174,9 @@ def _packed(file: ModelFile, layer: Layer, named: str, told: tuple[int, int] | N
         raise Broken("shift-shape", shift.name, text, _NOISE)
     options = {"group_size": qdata.shape[-1] if qdata.shape else 0}
     found = dataclasses.replace(layer, shape=qdata.shape, dtype=scale.dtype, options=options)
+    if len(qdata.shape) < 2:
+        text = f"'{qdata.name}' has shape {list(qdata.shape)}, expected rows of bytes, one column a value of a group."
+        raise Broken("weight-size", qdata.name, text, _NOISE)
     if len(qdata.shape) != 2:
         return _refused(found, f"bytes of shape {list(qdata.shape)}, and only weights of linear layers are loaded")
     (rows, group), groups = qdata.shape, scale.shape[0] if scale.shape else 1

@@ -18,17 +18,20 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from ..faults import STOCK_LOADERS
 from ..model_file import Entry, ModelFile
 from .base import Fault, Layer
-from .broken import attempt, need
+from .broken import FLOATS, attempt, need
 from .comfy import marked
 from .comfy_parts import fp8, need_matrix
+from .values import one_value
 
 if TYPE_CHECKING:
     from ...weight import QuantizedWeight
     from .base import Read
 
 MARKER = "scaled_fp8"
+SURPLUS = "scale-surplus"
 FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _NOISE = "ComfyUI uses the fp8 values without their scales: noise."
 
@@ -42,10 +45,13 @@ class ScaledFp8Scheme:
         markers = find_markers(file)
         old = [name for name, lasts in file.groups.items() if "scale_weight" in lasts]
         yield from _marker_faults(markers, old)
-        unclaimed = dict.fromkeys(markers)
-        for name in old:
+        surplus = [name for name in old if _is_surplus(file, name)]
+        yield from _surplus_faults(file, surplus)
+        unclaimed = dict.fromkeys((*markers, *(n for name in surplus for n in _scales(file, name))))
+        idle = set(surplus)
+        for name in (name for name in old if name not in idle):
             for found in self._old(file, name, markers):
-                if isinstance(found, Layer) and unclaimed:  # the marker belongs to no weight, but not to the model
+                if isinstance(found, Layer) and unclaimed:  # these belong to no weight, but not to the model either
                     roles = {f"marker_{i}" if i else "marker": m for i, m in enumerate(unclaimed)}
                     found, unclaimed = dataclasses.replace(found, tensors={**found.tensors, **roles}), {}
                 yield found
@@ -69,7 +75,8 @@ class ScaledFp8Scheme:
         yield from doubts
         if weight.dtype == "F8_E5M2":
             text = f"'{weight.name}' is F8_E5M2, and a layer with scale_weight is F8_E4M3 to ComfyUI."
-            yield Fault("tensor-dtype", weight.name, text, "ComfyUI casts it: values above 448 are lost.", False)
+            effect = "ComfyUI casts it: values above 448 are lost."
+            yield Fault("tensor-dtype", weight.name, text, effect, False, STOCK_LOADERS)
 
     def _new(self, file: ModelFile, old: set[str]) -> Iterator[Layer | Fault]:
         named = marked(file)
@@ -89,7 +96,7 @@ class ScaledFp8Scheme:
                 yield Fault("scale-without-weight", f"{name}.weight_scale", text, "Loaders pass over it.", False)
         if silent and not file.configs:
             text = f"{len(silent)} layers have 'weight_scale' but no 'comfy_quant', such as '{silent[0]}'."
-            yield Fault("comfy-quant-missing", silent[0], text, _NOISE, fatal=False)
+            yield Fault("comfy-quant-missing", silent[0], text, _NOISE, False, STOCK_LOADERS)
 
     def _with_scale(self, file: ModelFile, name: str) -> Iterator[Layer | Fault]:
         weight, scale = file.entries[f"{name}.weight"], file.entries[f"{name}.weight_scale"]
@@ -138,6 +145,12 @@ class ScaledFp8Scheme:
         if f"{name}.input_scale" in file.entries:
             roles["input_scale"] = f"{name}.input_scale"
         kind = f"{FP8[weight.dtype]} in blocks"
+        if file.entries[scale].numel == 1 < weight.numel:
+            kind = f"{FP8[weight.dtype]} with one inverse scale"
+            why = (
+                f"'{scale}' is one value, and the name does not tell whether it is multiplied or divided by.\n"
+                "Use a file with 'weight_scale', or quantize the original."
+            )
         return Layer(weight.name, self.id, kind, "", roles, weight.shape, options={"scale": list(shape)}, why=why)
 
     def weight(self, layer: Layer, read: Read) -> QuantizedWeight:
@@ -157,6 +170,40 @@ def find_markers(file: ModelFile) -> tuple[str, ...]:
     return tuple(name for name in file.entries if name.rpartition(".")[2] == MARKER)
 
 
+def _is_surplus(file: ModelFile, name: str) -> bool:
+    """Whether a scale is 1 beside a weight that is no fp8 matrix: the weight is what it would be without."""
+    weight = file.entries.get(f"{name}.weight")
+    if weight is None or weight.dtype not in (*FP8, *FLOATS) or (weight.dtype in FP8 and len(weight.shape) == 2):
+        return False
+    return one_value(file, f"{name}.scale_weight") == 1
+
+
+def _surplus_faults(file: ModelFile, surplus: list[str]) -> Iterator[Fault]:
+    """Converters write a scale for all layers, those that they keep included."""
+    matrices = [name for name in surplus if len(file.entries[f"{name}.weight"].shape) == 2]
+    for names, effect in (
+        (matrices, "ComfyUI casts the weight to float8_e4m3fn: it loses precision."),
+        ([name for name in surplus if name not in set(matrices)], "Loaders pass over it."),
+    ):
+        if names:
+            weight = file.entries[f"{names[0]}.weight"]
+            text = (
+                f"{len(names)} scales are 1 beside weights that are no fp8 matrices, such as "
+                f"'{names[0]}.scale_weight' beside {weight.dtype} {list(weight.shape)}."
+            )
+            yield Fault(SURPLUS, f"{names[0]}.scale_weight", text, effect, fatal=False)
+
+
+def surplus_scales(file: ModelFile) -> tuple[str, ...]:
+    """The tensors that such a file is the same without."""
+    names = [name for name, lasts in file.groups.items() if "scale_weight" in lasts and _is_surplus(file, name)]
+    return tuple(n for name in names for n in _scales(file, name))
+
+
+def _scales(file: ModelFile, name: str) -> Iterator[str]:
+    return (n for n in (f"{name}.scale_weight", f"{name}.scale_input") if n in file.entries)
+
+
 def _full(file: ModelFile, markers: tuple[str, ...], name: str) -> bool:
     """Whether a layer's product is to be in full precision: its marker has two values."""
     own = [m for m in markers if name.startswith(m.removesuffix(MARKER))]
@@ -172,7 +219,7 @@ def _marker_faults(markers: tuple[str, ...], old: list[str]) -> Iterator[Fault]:
     bare = [name for name in old if not any(name.startswith(m.removesuffix(MARKER)) for m in markers)]
     if bare:
         text = f"{len(bare)} layers have 'scale_weight' but no '{MARKER}' says so, such as '{bare[0]}'."
-        yield Fault("scaled-fp8-missing", bare[0], text, _NOISE, fatal=False)
+        yield Fault("scaled-fp8-missing", bare[0], text, _NOISE, False, STOCK_LOADERS)
     for marker in markers:
         if not any(name.startswith(marker.removesuffix(MARKER)) for name in old):
             text = f"'{marker}' says that fp8 weights have scales, but no 'scale_weight' is there."

@@ -68,12 +68,13 @@ class Scan:
             found[name] = TensorMeta(name, self.file.entries[name].shape, dtype)
         for name, layer in self.layers.items():
             found[name] = TensorMeta(name, layer.shape, DTYPES.get(layer.dtype, torch.bfloat16))
-        return found
+        first = _places(self.file, self.layers)
+        return dict(sorted(found.items(), key=lambda item: first[item[0]]))
 
     def scheme(self, layer: Layer) -> Scheme:
-        from . import SCHEMES
+        from . import SCHEMES, UNCLAIMED
 
-        return next(s for s in SCHEMES if s.id == layer.scheme)
+        return next(s for s in (*SCHEMES, UNCLAIMED) if s.id == layer.scheme)
 
     def read(self, name: str) -> Tensor | QuantizedWeight:
         """A plain tensor, or a quantized layer by the name of its weight.
@@ -93,7 +94,7 @@ class Scan:
 
 def scan(file: ModelFile) -> Scan:
     """Find the quantized layers of a file; never raises for what it holds."""
-    from . import SCHEMES
+    from . import SCHEMES, UNCLAIMED
 
     layers: dict[str, Layer] = {}
     faults: list[Fault] = []
@@ -103,6 +104,16 @@ def scan(file: ModelFile) -> Scan:
                 faults.append(found)
             else:
                 layers.setdefault(found.name, found)
-    order = {name: i for i, name in enumerate(file.entries)}
-    first = {name: min((order[t] for t in x.tensors.values()), default=0) for name, x in layers.items()}
+    for found in list(UNCLAIMED.rest(file, layers)):
+        if isinstance(found, Fault):
+            faults.append(found)
+        else:
+            layers[found.name] = found
+    first = _places(file, layers)
     return Scan(file, dict(sorted(layers.items(), key=lambda item: first[item[0]])), tuple(faults))
+
+
+def _places(file: ModelFile, layers: Mapping[str, Layer]) -> dict[str, int]:
+    """Name of a tensor or layer -> its place in the file, a layer's that of its first tensor."""
+    order = {name: i for i, name in enumerate(file.entries)}
+    return order | {name: min((order.get(t, 0) for t in x.tensors.values()), default=0) for name, x in layers.items()}

@@ -24,8 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import FileError
-from ...formats.sdnq import SHORT_NAMES, bits_of
-from ...registry import is_format
 from ..model_file import ModelFile
 from .base import Fault, Layer
 from .broken import FLOATS, Broken, attempt, need
@@ -44,6 +42,8 @@ NATIVE = {
     **{"float8-e4m3fnuz": "F8_E4M3FNUZ", "float8-e5m2fnuz": "F8_E5M2FNUZ"},
 }
 STORAGE = ("I8", "U8", "I16", "U16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FP8 = ("F8_E4M3", "F8_E5M2")
+SVD = {"svd_up", "svd_down"}
 PARTS = ("scale", "scale_2", "scale_zero_point", "zero_point", "zero_point_scale", "zero_point_2", "svd_up", "svd_down")
 # Settings that the library's quantizer takes of a weight, and their defaults.
 SETTINGS: Mapping[str, object] = {
@@ -69,11 +69,13 @@ class SdnqScheme:
         for module, lasts in file.groups.items():
             dot = f"{module}." if module else ""
             weight, scale = file.entries.get(f"{dot}weight"), "scale" in lasts
+            if not config and weight is not None and weight.dtype in FP8 and SVD.isdisjoint(lasts):
+                continue  # others put a `scale` beside fp8 weights too
             if weight is not None and (scale or config) and (weight.dtype in STORAGE or (scale and config)):
                 yield from _layer(file, dot, config, rules)
             elif module in file.metadata:  # a layer of the pack's own layout
                 continue
-            elif weight is None and scale and "qdata" not in lasts and ("svd_up" in lasts or "zero_point" in lasts):
+            elif weight is None and scale and "qdata" not in lasts and _is_scale(file, f"{dot}scale", lasts, config):
                 text = f"'{dot}weight' is missing, but its scales '{dot}scale' are there."
                 yield Fault("weight-missing", f"{dot}weight", text, _FAILS)
 
@@ -95,6 +97,11 @@ class SdnqScheme:
             prepare = library().quant_utils.prepare_weight_for_matmul
             tensors["qdata"] = prepare(tensors["qdata"], matmul_dtype=dequantizer.quantized_matmul_dtype)
         return QuantizedWeight(layer.format_id, tensors, layer.shape, DTYPES[layer.dtype], meta)
+
+
+def _is_scale(file: ModelFile, name: str, lasts: tuple[str, ...], config: Mapping[str, Any]) -> bool:
+    """Whether a `scale` without a weight is of codes, and not a norm's, which is a vector."""
+    return "svd_up" in lasts or "zero_point" in lasts or (bool(config) and len(file.entries[name].shape) > 1)
 
 
 @functools.lru_cache(maxsize=256)  # a model has few shapes and many layers
@@ -158,6 +165,9 @@ def _layer(file: ModelFile, dot: str, config: Mapping[str, Any], rules: _Rules) 
 
 def _typed(file: ModelFile, layer: Layer, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Layer:
     """The layer with its format, where there is one."""
+    from ...formats.sdnq import SHORT_NAMES  # few files need the table of formats
+    from ...registry import is_format
+
     for key, default in SETTINGS.items():
         value: object = settings[key]
         if type(value) not in (_KINDS[key], type(default)):
@@ -212,6 +222,8 @@ def _shape(file: ModelFile, layer: Layer, word: str) -> tuple[int, ...]:
     Raises:
         Broken: dtype or shapes contradict the type.
     """
+    from ...formats.sdnq import bits_of
+
     weight, scale = file.entries[layer.name], file.entries[layer.tensors["scale"]]
     bits = bits_of(word)
     wanted = NATIVE.get(word, "U8" if bits <= 8 else "I16")
@@ -222,6 +234,9 @@ def _shape(file: ModelFile, layer: Layer, word: str) -> tuple[int, ...]:
         return weight.shape if len(weight.shape) > 1 else scale.shape
     if word in NATIVE:
         return _native_shape(layer, weight.shape, scale.shape)
+    if len(scale.shape) == 1 and scale.numel > 1:
+        text = f"'{scale.name}' has shape {list(scale.shape)}, expected (N, 1) or (N, groups, 1)."
+        raise Broken("scale-shape", scale.name, text, _NOISE)
     rows = scale.shape[0] if len(scale.shape) > 1 and scale.numel > 1 else _rows(file, layer)
     values, rest = divmod(weight.nbytes * 8, bits)
     groups = scale.numel // rows if rows else 1
@@ -231,6 +246,10 @@ def _shape(file: ModelFile, layer: Layer, word: str) -> tuple[int, ...]:
             f"'{scale.name}' of shape {list(scale.shape)}."
         )
         raise Broken("scale-shape", scale.name, text, _NOISE)
+    zero_point = file.entries.get(layer.tensors.get("zero_point", ""))
+    if zero_point is not None and zero_point.numel != scale.numel:
+        text = f"'{zero_point.name}' has {zero_point.numel} values, and the scales have {scale.numel}."
+        raise Broken("zero-point-shape", zero_point.name, text, _NOISE)
     return rows, values // rows
 
 

@@ -157,9 +157,14 @@ def _shown(kind: str, block: tuple[int, int], shape: tuple[int, ...]) -> str:
 def _scaled(seen: _Seen, kind: str, format_id: str, *dtypes: str) -> Layer:
     """A weight of one byte a value."""
     qdata, scale = seen.part("qdata", *dtypes), seen.part("scale", *FLOATS)
+    if len(qdata.shape) < 2:  # torchao quantizes no vectors
+        text = f"'{qdata.name}' has shape {list(qdata.shape)}, expected (N, K)."
+        raise Broken("weight-size", qdata.name, text, _NOISE)
     if len(qdata.shape) != 2:
         return dataclasses.replace(seen.layer, shape=qdata.shape)
     block = _block(seen, qdata, scale)
+    if "zero_point" in seen.layer.tensors:
+        seen.part("zero_point", "I8")
     options = {"class": seen.kind, "block": list(block)}
     if format_id != "torchao-int8dyn" and (
         seen.data.get("act_quant_kwargs") or seen.data.get("activation_quantization")

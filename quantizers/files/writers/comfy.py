@@ -8,6 +8,7 @@ under `_quantization_metadata`. Source: Comfy-Org/ComfyUI comfy/ops.py `_quantiz
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from ...registry import format_ids, get_entry, get_quantizer
 from ...weight import QuantizedWeight
-from ..layer_rows import INPUT_SCALE, PRE_QUANT_SCALE
+from ..layer_rows import FULL_PRECISION, INPUT_SCALE, PRE_QUANT_SCALE
+from ..schemes.comfy_parts import SHAPE
 from .layout import Layout, module_of
 
 BACKEND = "comfy"
@@ -30,6 +32,14 @@ _SAID = {
     "convrot_w4a4": ("convrot_groupsize",),
     "asym_w4a8_int8": ("group_size", "convrot_groupsize"),
 }
+
+
+_PER_ELEMENT = {"comfy-nvfp4": 2, "comfy-mxfp8": 1}  # values in an element, of the formats that pad
+
+
+def _stored_shape(weight: QuantizedWeight) -> tuple[int, int]:
+    rows, columns = weight.tensors["qdata"].shape
+    return rows, columns * _PER_ELEMENT[weight.format_id]
 
 
 class ComfyWriter(Layout):
@@ -49,7 +59,10 @@ class ComfyWriter(Layout):
         """ComfyUI's `comfy_quant` object."""
         native: Any = cast(Any, get_quantizer(weight.format_id)).native
         said = _SAID.get(native.algo, ()) if native.rotated else ()
-        return {"format": native.algo, **{key: weight.meta[key] for key in said if key in weight.meta}}
+        found: dict[str, Any] = {"format": native.algo, **{key: weight.meta[key] for key in said if key in weight.meta}}
+        if weight.format_id in _PER_ELEMENT and _stored_shape(weight) != weight.orig_shape:
+            found[SHAPE] = list(weight.orig_shape)  # ComfyUI knows it from its model, a converter from nothing else
+        return found | ({FULL_PRECISION: True} if weight.meta.get(FULL_PRECISION) else {})
 
 
 class ComfyMetadataWriter(ComfyWriter):
@@ -70,6 +83,9 @@ def native_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a comfy weight `X.weight` by comfy-kitchen's own names; views of the weight's."""
     quantizer: Any = get_quantizer(weight.format_id)
     library = importlib.import_module("comfy_kitchen.tensor")
+    if FULL_PRECISION in weight.meta:  # of the layer, no parameter of the library's
+        meta = {key: value for key, value in weight.meta.items() if key != FULL_PRECISION}
+        weight = dataclasses.replace(weight, meta=meta)
     params = quantizer.params(weight, weight.orig_dtype)
     made = library.QuantizedTensor(weight.tensors["qdata"], quantizer.native.layout, params)
     return dict(made.state_dict(name))

@@ -264,6 +264,21 @@ def awq(layer: str, n: int, k: int) -> dict[str, Tensor]:
     }
 
 
+def tinychat(layer: str, n: int, k: int) -> dict[str, Tensor]:
+    return {
+        f"{layer}.qweight": torch.zeros(n // 4, k, dtype=torch.int16),
+        f"{layer}.scales": torch.ones(k // GROUP, n, dtype=torch.float16),
+        f"{layer}.scaled_zeros": torch.zeros(k // GROUP, n, dtype=torch.float16),
+    }
+
+
+def fp8_with_scale(layer: str, n: int, k: int) -> dict[str, Tensor]:
+    return {
+        f"{layer}.weight": torch.zeros(n, k, dtype=torch.float8_e4m3fn),
+        f"{layer}.scale": torch.full((), 0.5),
+    }
+
+
 def svdquant(layer: str, n: int, k: int) -> dict[str, Tensor]:
     return {
         f"{layer}.qweight": torch.zeros(n, k // 2, dtype=torch.int8),

@@ -242,7 +242,12 @@ TYPES: tuple[FileType, ...] = (
     ),
     _named("gptq", "GPTQ", "GPTQ, 4 bits", made.gptq, ".scales", "GPTQModel"),
     _named("awq", "AWQ", "AWQ, 4 bits", made.awq, ".qzeros", "transformers or vLLM"),
+    _named("awq-tinychat", "AWQ of TinyChat and nunchaku", "AWQ, 4 bits", made.tinychat, ".scales", "nunchaku's nodes"),
     _named("svdquant", "nunchaku SVDQuant", "SVDQuant, int4", made.svdquant, ".wscales", "nunchaku's nodes"),
+    FileType(
+        "fp8-scale", "fp8 with `X.scale`, no config", LAYOUT, made.as_published(made.fp8_with_scale), "fp8-scale",
+        "float8_e4m3fn with a scale", damages=(TRAILING, CUT), node="", refusal="nothing says whether its scale",
+    ),
     FileType(
         "scaled-fp8", "scaled fp8, old (`scaled_fp8`)", LAYOUT, made.single(files.scaled_fp8()), "scaled-fp8",
         "scaled float8_e4m3fn", "comfy-fp8-e4m3fn", EIGHT, Written("comfy-fp8-e4m3fn", "scaled-fp8"),

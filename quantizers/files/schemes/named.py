@@ -115,9 +115,13 @@ class TinyChatScheme(_Named):
 
     def find(self, file: ModelFile) -> Iterable[Layer | Fault]:
         for module, lasts in file.groups.items():
-            if not {"qweight", "scales", TINYCHAT_ZEROS} <= set(lasts):
+            if not {"qweight", TINYCHAT_ZEROS} <= set(lasts):
                 continue
-            qweight, scales = file.entries[f"{module}.qweight"], file.entries[f"{module}.scales"].shape
+            if "scales" not in lasts:
+                text = f"'{module}.scales' is missing, but '{module}.qweight' is there."
+                yield Fault("tensor-missing", f"{module}.scales", text, _FAILS)
+            zeros = file.entries[f"{module}.{TINYCHAT_ZEROS}"]
+            qweight, scales = file.entries[f"{module}.qweight"], file.entries.get(f"{module}.scales", zeros).shape
             n = scales[-1] if len(scales) == 2 else 0
             yield self.named(file, module, lasts, "AWQ, 4 bits", (n, 2 * qweight.nbytes // n) if n else qweight.shape)
 

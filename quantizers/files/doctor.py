@@ -22,7 +22,7 @@ from .faults import STOCK_LOADERS, Fault
 from .fixes import Fixer
 from .model_file import ModelFile, open_damaged
 from .schemes.scan import scan
-from .whole_file import Found, marker_place, metadata_format, misplaced, mixture, parts, scale_forms
+from .whole_file import Found, half_prefixed, marker_place, metadata_format, misplaced, mixture, parts, scale_forms
 
 _REFUSED = "safetensors refuses the whole file, and with it every loader."
 _STRICT = (
@@ -144,7 +144,13 @@ def diagnose(path: Path, deep: bool = False, configs: Mapping[str, Mapping[str, 
     fixer = Fixer(file, found, raw, codes)
     results = [_from_header(fault, fixer) for fault in faults]
     if "header-truncated" not in codes:  # what is gone would be reported as wrong
-        own = [*parts(file, headers), *misplaced(file, found), *scale_forms(file, found), *mixture(found)]
+        own = [
+            *parts(file, headers),
+            *misplaced(file, found),
+            *scale_forms(file, found),
+            *mixture(found),
+            *half_prefixed(found),
+        ]
         own += [*metadata_format(file, headers), *marker_place(file)]
         named = {module for fault, *_ in own if fault.code in _ORPHANS for module in (fault.tensor,)}
         results += own

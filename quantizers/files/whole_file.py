@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
+from .architectures import OTHER_PARTS, PREFIXES, known_model
 from .edits import Edit, Form
 from .faults import Fault
 from .fixes import MARKER, is_exact_in_f32, relocated
@@ -110,6 +112,31 @@ def mixture(scan: Scan) -> Iterator[Found]:
             "note",
             None,
         )
+
+
+def half_prefixed(scan: Scan) -> Iterator[Found]:
+    """A model of which some tensors have a prefix and others have none, so that neither part is a model."""
+    shapes = {name: _Shape(shape) for name, shape in scan.shapes.items()}
+    if not shapes or known_model(shapes) is not None:
+        return
+    for prefix in filter(None, PREFIXES):
+        with_it = [name for name in shapes if name.startswith(prefix)]
+        without = [name for name in shapes if not name.startswith(prefix) and not OTHER_PARTS.match(name)]
+        together = {name.removeprefix(prefix): shapes[name] for name in (*with_it, *without)}
+        if not with_it or not without or len(together) < len(with_it) + len(without):
+            continue
+        if known_model(together) is not None:
+            text = (
+                f"{len(with_it)} tensors stand behind '{prefix}', such as '{with_it[0]}', and {len(without)} of the "
+                f"same model do not, such as '{without[0]}'."
+            )
+            effect = "Loaders take the tensors behind the prefix alone, in which they find no model or half of one."
+            yield Fault("prefix-mixed", "", text, effect), "error", None
+            return
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
 
 
 def metadata_format(file: ModelFile, headers: tuple[Header, ...]) -> Iterator[Found]:

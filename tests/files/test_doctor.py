@@ -13,7 +13,7 @@ from quantwire.quantizers.errors import FileError
 from quantwire.quantizers.files.doctor import Severity, diagnose
 from quantwire.quantizers.files.model_file import open_model
 from quantwire.quantizers.files.safetensors_header import parse
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FLOAT = {"a.weight": ("F32", [4, 8]), "a.bias": ("F32", [4])}
 
@@ -181,3 +181,17 @@ def test_the_text_and_the_report(tmp_path: Path) -> None:
     assert lines[3] == "    repair: 5 layers are named as fp8 by comfy_quant."
     data = json.loads(json.dumps(found.to_dict()))
     assert [f["severity"] for f in data["findings"]] == ["error", "note"]
+
+
+def test_a_prefix_on_some_tensors_of_a_model(tmp_path: Path, demo_models: Path) -> None:
+    source = demo_models / "diffusion_models" / "digits_flux.safetensors"
+    assert "prefix-mixed" not in {f.code for f in diagnose(source).findings}
+    tensors = load_file(source)
+    some = {f"model.diffusion_model.{n}" if n.startswith("double_blocks") else n: t for n, t in tensors.items()}
+    save_file(some, tmp_path / "half.safetensors", {"format": "pt"})
+    found = next(f for f in diagnose(tmp_path / "half.safetensors").findings if f.code == "prefix-mixed")
+    assert found.severity is Severity.ERROR
+    assert "stand behind 'model.diffusion_model.'" in found.text
+    whole = {f"model.diffusion_model.{n}": t for n, t in tensors.items()}
+    save_file(whole, tmp_path / "whole.safetensors", {"format": "pt"})
+    assert "prefix-mixed" not in {f.code for f in diagnose(tmp_path / "whole.safetensors").findings}

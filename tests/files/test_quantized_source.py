@@ -208,7 +208,7 @@ def test_nothing_of_the_old_layout_is_left_in_the_metadata(tmp_path: Path) -> No
         saved(tmp_path / f"{i}.safetensors", uri)
         run(tmp_path / f"{i}.safetensors", tmp_path / f"{i}-bf16.safetensors", "BF16")
         with safe_open(tmp_path / f"{i}-bf16.safetensors", framework="pt") as file:
-            assert set(file.metadata()) == {"format"}
+            assert set(file.metadata()) == {"format", "quantwire_conversion"}
         assert not scan(open_model(tmp_path / f"{i}-bf16.safetensors")).layers
 
 

@@ -5,6 +5,8 @@ The limits bound memory and time whatever a file claims: at most 256 MiB, and we
 
 from __future__ import annotations
 
+import functools
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -30,6 +32,7 @@ VALUE_TYPES = {
 }
 CODES = dict(VALUE_TYPES.values())
 LENGTH = struct.Struct("<Q")
+SHORT_NBYTES, SHORT_STRINGS = 48, 256
 
 Number = int | float | bool
 T = TypeVar("T")
@@ -177,11 +180,11 @@ def _pass_short(window: bytes, index: int, most: int) -> tuple[int, int]:
 
     Their lengths are the bytes before runs of seven zeros. That a found string ends where the next one begins proves
     each; where one does not, the rest is left to the caller. Four times as fast as a loop over the lengths, but numpy's
-    import takes longer than that saves: without it everything is left to the caller.
+    import takes longer than that saves: without it a regular expression does it, at twice the speed of the loop.
     """
     np: Any = sys.modules.get("numpy")
     if not hasattr(np, "flatnonzero"):  # another thread may be importing it
-        return 0, index
+        return _match_short(window, index, most)
     data: Any = np.frombuffer(window, np.uint8)
     zeros = np.flatnonzero(data[index + 1 :] == 0) + index + 1
     starts = zeros[:-6][zeros[6:] - zeros[:-6] == 6] - 1
@@ -191,3 +194,21 @@ def _pass_short(window: bytes, index: int, most: int) -> tuple[int, int]:
     linked = ends[:-1] == starts[1:]
     passed = min(most, len(starts) if linked.all() else int(linked.argmin()) + 1)
     return passed, cast(int, ends[passed - 1].item())
+
+
+@functools.cache
+def _short_strings() -> re.Pattern[bytes]:
+    """So many strings of 1 to 48 bytes: each alternative begins with its own length, so at most one of them matches."""
+    lengths = (b"%b\\0{7}.{%d}" % (re.escape(bytes([n])), n) for n in range(1, SHORT_NBYTES + 1))
+    return re.compile(b"(?s:%b){%d}" % (b"|".join(lengths), SHORT_STRINGS))
+
+
+def _match_short(window: bytes, index: int, most: int) -> tuple[int, int]:
+    """`_pass_short` without numpy, for runs of short strings."""
+    passed = 0
+    while most - passed >= SHORT_STRINGS:
+        found = _short_strings().match(window, index)
+        if found is None:
+            break
+        passed, index = passed + SHORT_STRINGS, found.end()
+    return passed, index

@@ -212,6 +212,7 @@ def main() -> int:
         print(f"{name:16} median {walls[name]:6.1f} ms  min {least:6.1f}  processor {cpus[name]:6.1f}{what}")
     result = {
         "median_ms": walls,
+        "least_ms": {name: min(wall for wall, _ in values) for name, values in times.items()},
         "processor_ms": cpus,
         "load": os.getloadavg()[0],
         "limit_ms": LIMIT_MS,

@@ -91,5 +91,10 @@ def test_the_broken_file_fails_and_the_repaired_one_does_not(comfyui: Any, case:
         got = comfyui.latent(broken)
         assert (got - wanted).norm() / wanted.norm() > 0.5  # measured 0.827
 
+    if not found.fix:  # scales in tiles and scales by rows have the same size here, so no name is certain
+        assert case == "nvfp4-unnamed"
+        comfyui.run({"r": node("RepairModel", model_name=f"diffusion_models/{bad}")})
+        assert not (folder / new).exists()
+        return
     comfyui.run({"r": node("RepairModel", model_name=f"diffusion_models/{bad}")})
     assert torch.equal(comfyui.latent(sampled(("m", 0), {"m": unet(new)})), wanted)

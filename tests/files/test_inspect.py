@@ -141,7 +141,7 @@ def test_numbers() -> None:
 
 @pytest.mark.slow
 def test_files_of_20_gib_take_150_ms(tmp_path: Path) -> None:
-    """The whole process, by the clock. Other work on the machine only adds to it, so the best run counts."""
+    """The whole process, by the clock. Other work on the machine only adds to it, so the best of some rounds counts."""
     command = [sys.executable, str(ROOT / "benchmarks" / "inspect_time.py"), "--repeats", "3", "--json", "r.json"]
     best: dict[str, float] = {}
     for _ in range(6):
@@ -150,7 +150,7 @@ def test_files_of_20_gib_take_150_ms(tmp_path: Path) -> None:
         print(run.stdout)
         result = json.loads((tmp_path / "r.json").read_text())
         for name in result["files"]:
-            best[name] = min(best.get(name, math.inf), result["least_ms"][name])
+            best[name] = min(best.get(name, math.inf), result["median_ms"][name])
         if max(best.values()) <= result["limit_ms"]:
             break
     assert {name: ms for name, ms in best.items() if ms > result["limit_ms"]} == {}

@@ -5,7 +5,7 @@
 The default is a choice of formats that keeps the whole under two minutes; `benchmarks/formats.py` measures every one,
 on this model and on a second. For full precision and for each format it runs the shipped workflow for 20 fixed pairs
 of prompt and seed, 10 images each (batches keep it quick; `train.py --stages evaluate` measures 200 pairs one by one),
-has a classifier read the 200 digits, and then runs the workflow whose offload conflict must be blocked. Two more
+has a classifier read the 200 digits, and runs the workflow whose offload conflict must be blocked. Two more
 rows: the `gguf` workflow on a converted file, and a negative control, the well-known wrong order of an 8-bit load,
 which the accuracy must catch. Writes `contact_sheet.png` and `table.json`; exits with 1 when a row misses its bound.
 """
@@ -249,14 +249,18 @@ def contact_sheet(path: Path, sheets: dict[str, np.ndarray]) -> None:
     sheet.save(path)
 
 
-def run_conflict(out: Path) -> int:
-    """The conflict workflow through the command line, as a user runs it."""
+def start_conflict(out: Path) -> subprocess.Popen[str]:
+    """The conflict workflow through the command line, as a user runs it, while the classifier is trained."""
     command = [sys.executable, "-m", "quantwire.cli", "run", str(WORKFLOWS / "conflict.json"), "--out", str(out)]
-    print("\n$ quantwire run workflows/api/conflict.json", flush=True)
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
-    print(done.stderr.strip())
-    print(f"exit code {done.returncode}, expected 3 (blocked before sampling)")
-    return done.returncode
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def show_conflict(running: subprocess.Popen[str]) -> int:
+    """Print what the conflict workflow said; returns its exit code."""
+    said = running.communicate()[1]
+    print(f"\n$ quantwire run workflows/api/conflict.json\n{said.strip()}")
+    print(f"exit code {running.returncode}, expected 3 (blocked before sampling)")
+    return running.returncode
 
 
 def chosen_formats(text: str) -> list[str]:
@@ -278,6 +282,7 @@ def main() -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     start = time.perf_counter()
 
+    conflict = start_conflict(out)
     clf, held_out = train_classifier()
     print(f"classifier: {100 * held_out:.1f} % on held-out digits of scikit-learn")
     source = MODELS / "diffusion_models" / "digits_flux.safetensors"
@@ -313,7 +318,7 @@ def main() -> int:
     show(rows)
     contact_sheet(out / "contact_sheet.png", sheets)
     (out / "table.json").write_text(json.dumps([asdict(r) for r in rows], indent=2) + "\n", encoding="utf-8")
-    code = run_conflict(out)
+    code = show_conflict(conflict)
     print(f"\n{out / 'contact_sheet.png'}, {out / 'table.json'}; {time.perf_counter() - start:.0f} s in all")
     good = all(r.status in ("ok", "no bound", "control caught") for r in rows) and code == 3
     return 0 if good else 1

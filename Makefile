@@ -65,7 +65,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) $(INDEX) "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	  echo "the package index offers no CPU build of torch $(TORCH); installing its default build"; \
 	  $(PIP) $(INDEX) "torch==$(TORCH)"; }
-	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,sdnq,dev]"
+	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,sdnq,measure,dev]"
 	touch $@
 
 # For the tests of the GPU kernels, which run them in Triton's interpreter and compile them without a GPU. Beside the

@@ -11,7 +11,7 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf files pages clean
+.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf files pages docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -51,6 +51,10 @@ gguf: $(VENV)/.ready
 files: $(VENV)/.ready
 	$(if $(COMFYUI_PATH),QUANTWIRE_WRITE_PAGES=1 $(BIN)/python -m pytest tests/comfyui/test_file_types.py)
 	QUANTWIRE_WRITE_PAGES=1 $(BIN)/python -m pytest tests/files/test_file_types.py -m slow
+
+# The example outputs of docs/measuring.md: runs every measuring command on the demo model.
+docs: $(VENV)/.ready
+	$(BIN)/python benchmarks/measuring_page.py
 
 # The help pages of the nodes, from what quantizers/formats declares, and docs/compatibility.md from quantizers/compat.
 pages: $(VENV)/.ready

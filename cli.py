@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from .hosts.standalone.executor import RunResult
     from .hosts.standalone.workflow import Prompt
 
-COMMANDS = ("inspect", "doctor", "convert", "imatrix", "calibrate", "lint", "compat")  # modules of `commands/`
+# modules of `commands/`
+COMMANDS = (
+    "inspect", "doctor", "convert", "imatrix", "calibrate", "lint", "compat", "compare", "forecast",
+    "advise", "fit", "recipe", "bench",
+)  # fmt: skip
 OK, BAD_INPUT, BLOCKED, NODE_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 STATUS = {OK: "ok", BAD_INPUT: "bad input", BLOCKED: "blocked", NODE_FAILED: "node failed", INTERRUPTED: "interrupted"}
 
@@ -39,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(argv).parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     if not args.debug:
-        # Its import reports optional kernels that are absent, and its int8 layer every cast to float16.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        # diffusers imports torchao where it is installed, which then reports every CUDA extension that it cannot load.
-        for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quiet_loggers()
     report: dict[str, Any] = {}
     try:
         code = args.handler(args, report)
@@ -70,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _print_error(err, args.debug)
             return code or BAD_INPUT
     return code
+
+
+def quiet_loggers() -> None:
+    """Hold back what libraries report at import and is nobody's fault here."""
+    # bitsandbytes reports optional kernels that are absent, and its int8 layer every cast to float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # diffusers imports torchao where it is installed, which then reports every CUDA extension that it cannot load.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

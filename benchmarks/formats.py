@@ -7,8 +7,9 @@ bytes, SQNR, seconds to quantize, and sampling time as a ratio to full precision
 prompt, so that a busy machine slows both. The text encoder of `sentences.py`: how far the cosines of 20 sentence pairs
 move from those of full precision.
 
-Writes OUT/formats.json and a table in Markdown: docs/formats.md after a full run, else OUT/formats.md. `--quick` is for
-tests: two formats, few images. Exit code 1 when a format that works here fails.
+Writes OUT/formats.json and a table in Markdown: docs/formats.md after a full run, else OUT/formats.md. A full run in
+which no format fails also writes quantizers/measure/formats.json, from which formats are ranked, and runs `rounded.py`.
+`--quick` is for tests: two formats, few images. Exit code 1 when a format that works here fails.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -49,6 +51,7 @@ from quantwire.hosts.standalone.workflow import load_workflow  # noqa: E402
 from quantwire.quantizers.apply import OnFailure, quantize_linears  # noqa: E402
 from quantwire.quantizers.errors import SpecError  # noqa: E402
 from quantwire.quantizers.formats import BACKENDS  # noqa: E402
+from quantwire.quantizers.measure import measured  # noqa: E402
 from quantwire.quantizers.registry import availability, format_ids, get_entry  # noqa: E402
 from quantwire.quantizers.report import MIB, QuantReport  # noqa: E402
 from quantwire.quantizers.spec import QuantSpec  # noqa: E402
@@ -283,7 +286,11 @@ def main() -> int:
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(result), encoding="utf-8")
     print(f"{args.out / 'formats.json'}, {docs}; {result['seconds']:.0f} s in all")
-    return 1 if any("failed" in r for r in rows) else 0
+    failed = any("failed" in r for r in rows)
+    if not partial and not failed and encoder is not None:
+        measured.DATA.write_text(json.dumps(measured.trimmed(result), indent=1) + "\n", encoding="utf-8")
+        return subprocess.run([sys.executable, str(Path(__file__).with_name("rounded.py"))], check=False).returncode
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

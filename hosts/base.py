@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a host that starts imports this for the pack's nodes
     from ..quantizers.spec import QuantSpec
     from ..quantizers.weight import QuantizedWeight
     from .offload import OffloadSettings
-    from .record import Recorder
+    from .record import Recorder, Watcher
+    from .sampling import Generation
 
 
 class Host(Protocol):
@@ -138,6 +139,27 @@ class Host(Protocol):
 
     def record(self, model: Any) -> tuple[Any, Recorder]:
         """A model object that records the inputs of its linear layers whenever it is sampled with, and where to."""
+        ...
+
+    def sampling_choices(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Names of the samplers and of the schedulers that KSampler has here."""
+        ...
+
+    def sample(self, model: Any, how: Generation, after_step: Callable[[], None]) -> Any:
+        """The LATENT that the host's KSampler gives.
+
+        Args:
+            model: MODEL; not changed.
+            after_step: called when a step is done.
+        """
+        ...
+
+    def decode(self, vae: Any, latent: Any) -> Any:
+        """What the host's decoder makes of a LATENT: an IMAGE (B, H, W, 3), or an AUDIO."""
+        ...
+
+    def watched(self, model: Any, watcher: Watcher) -> Any:
+        """A model object that a watcher is told of whenever it is sampled with."""
         ...
 
     def output_path(self, name: str) -> Path:

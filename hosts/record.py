@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ from ..quantizers.files.imatrix import Imatrix, Sums
 
 GPU_BLOCK_VALUES = 1 << 23  # 64 MiB
 BLOCK_VALUES = 1 << 17  # 1 MiB of float64, which stays in the cache: 8.8 ms for 4608 x 3072 values, 16.6 in 8 MiB
+
+
+class Watcher(Protocol):
+    """What a host tells of the models that it samples with."""
+
+    def watch(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """Around every run of a model; see `Recorder.watch`."""
+        ...
 
 
 class Recorder:

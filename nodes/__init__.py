@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from .advise import AdviseFormat
+from .bench import BenchmarkModel
+from .compare import CompareQuality
 from .convert import ConvertModel
 from .explain import explain_errors
+from .fit import FitModel
+from .forecast import MemoryForecast
 from .imatrix import RecordImatrix, SaveCalibration, SaveImatrix
 from .inspect import InspectModel
 from .load import LoadAndQuantize, LoadGGUF
@@ -11,6 +16,7 @@ from .load_quantized import LoadQuantized
 from .load_text import LoadGGUFTextEncoder
 from .offload import OffloadCompat
 from .quantize import QuantConfig, QuantizeControlNet, QuantizeModel, QuantizeTextEncoder, QuantRules
+from .recipe import FindRecipe
 from .repair import RepairModel
 from .save import SaveQuantized
 
@@ -32,6 +38,12 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "RecordImatrix": RecordImatrix,
     "SaveImatrix": SaveImatrix,
     "SaveCalibration": SaveCalibration,
+    "AdviseFormat": AdviseFormat,
+    "BenchmarkModel": BenchmarkModel,
+    "CompareQuality": CompareQuality,
+    "FindRecipe": FindRecipe,
+    "FitModel": FitModel,
+    "MemoryForecast": MemoryForecast,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -52,6 +64,12 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "RecordImatrix": "Record Importance Matrix",
     "SaveImatrix": "Save Importance Matrix",
     "SaveCalibration": "Save Calibration",
+    "AdviseFormat": "Advise Format",
+    "BenchmarkModel": "Benchmark Model",
+    "CompareQuality": "Compare Quality",
+    "FindRecipe": "Find Recipe",
+    "FitModel": "Fit Model",
+    "MemoryForecast": "Memory Forecast",
 }
 
 for _node in NODE_CLASS_MAPPINGS.values():

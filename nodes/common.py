@@ -19,6 +19,7 @@ from ..quantizers.spec import QuantSpec
 CATEGORY = "quantwire"
 FROM_CONFIG = "from config"
 ALL = "all"
+NO_CONFIG = "no QuantConfig is linked to `config`, or the node that is linked found no format"
 LLM = "llm"  # whichever language model is among the encoders
 
 
@@ -90,7 +91,7 @@ def spec_from_inputs(format_id: str, config: QuantSpec | RuleSet | None, keep_la
     config = None if isinstance(config, RuleSet) else config
     if format_id == FROM_CONFIG:
         if config is None:
-            what = "the linked QuantRules has no base config" if rules else "no QuantConfig is linked to `config`"
+            what = "the linked QuantRules has no base config" if rules else NO_CONFIG
             raise SpecError(f"format is 'from config', but {what}.\nChoose a format here, or link a QuantConfig.")
         spec = config
     elif config is not None and config.format_id != format_id:

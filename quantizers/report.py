@@ -85,7 +85,7 @@ class QuantReport:
     @property
     def sqnr_db(self) -> float | None:
         """Over all quantized tensors together."""
-        return _ratio_db(sum(e.signal for e in self.entries), sum(e.noise for e in self.entries))
+        return ratio_db(sum(e.signal for e in self.entries), sum(e.noise for e in self.entries))
 
     def to_dict(self) -> dict[str, Any]:
         totals = {"nbytes_in": self.nbytes_in, "nbytes_out": self.nbytes_out, "sqnr_db": self.sqnr_db}
@@ -157,11 +157,11 @@ def measure(name: str, reason: str, w: Tensor, restored: Expansion | Tensor, nby
     """
     d = compare(w, restored, every)
     nbytes_in = w.numel() * w.element_size()
-    ratio = _ratio_db(d.signal, d.noise)
+    ratio = ratio_db(d.signal, d.noise)
     return Entry(name, "quantize", reason, nbytes_in, nbytes_out, ratio, d.max_error, d.signal, d.noise)
 
 
-def _ratio_db(signal: float, noise: float) -> float | None:
+def ratio_db(signal: float, noise: float) -> float | None:
     """None where there is no finite ratio: an exact result, an all-zero weight, a sum beyond float32."""
     ratio = signal / noise if noise else 0.0
     return 10 * math.log10(ratio) if ratio and math.isfinite(ratio) else None

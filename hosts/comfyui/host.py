@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ...quantizers.spec import QuantSpec
 from ...quantizers.weight import QuantizedWeight
 from ..base import missing, path_inside
 from ..objects import components_of
-from ..record import Recorder
+from ..record import Recorder, Watcher
 from . import patchers
 from .linear import make_linear
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ...quantizers.compat.remedies import Space
     from ...quantizers.files.model_saving import ModelTensors
     from ..offload import OffloadSettings
+    from ..sampling import Generation
 
 # Folder names under which other packs list GGUF files; read when they exist, never created.
 GGUF_FOLDERS = {"diffusion_models": ("unet_gguf",), "text_encoders": ("clip_gguf",)}
@@ -147,6 +148,26 @@ class ComfyHost:
         from .record import recording
 
         return recording(model)
+
+    def sampling_choices(self) -> tuple[Sequence[str], Sequence[str]]:
+        from .sampling import choices
+
+        return choices()
+
+    def sample(self, model: Any, how: Generation, after_step: Callable[[], None]) -> Any:
+        from .sampling import sample
+
+        return sample(model, how, after_step)
+
+    def decode(self, vae: Any, latent: Any) -> Any:
+        from .sampling import decode
+
+        return decode(vae, latent)
+
+    def watched(self, model: Any, watcher: Watcher) -> Any:
+        from .record import watched
+
+        return watched(model, watcher)
 
     def output_path(self, name: str) -> Path:
         import folder_paths

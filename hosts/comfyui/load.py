@@ -76,6 +76,16 @@ def load_patcher(path: str, spec: QuantSpec, on_failure: OnFailure, cached: bool
     return load_and_quantize(Path(path), spec, on_failure=on_failure, cached=cached, disable_dynamic=disable_dynamic)[0]
 
 
+def held_as(file: TensorFile) -> tuple[dict[str, str], torch.dtype]:
+    """Name in the diffusion model -> name in the file, and the dtype in which the host holds it at full precision.
+
+    Raises:
+        FileError: a model that the host does not detect.
+    """
+    names = _names(file)
+    return names, _detect(file, names)[2]
+
+
 def _names(file: TensorFile) -> dict[str, str]:
     """Name in the diffusion model -> name in the file, which may be a whole checkpoint."""
     import comfy.model_detection

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..record import Recorder
+from ..record import Recorder, Watcher
 
 _KEY = "quantwire_record"
 
@@ -21,9 +21,17 @@ def recording(patcher: Any) -> tuple[Any, Recorder]:
     Args:
         patcher: not changed.
     """
-    from comfy.patcher_extension import WrappersMP
-
     recorder = Recorder()
+    return watched(patcher, recorder), recorder
+
+
+def watched(patcher: Any, recorder: Watcher) -> Any:
+    """A clone of a ModelPatcher that tells a watcher of every call of its model.
+
+    Args:
+        patcher: not changed.
+    """
+    from comfy.patcher_extension import WrappersMP
 
     def record(executor: Any, *args: Any, **kwargs: Any) -> Any:
         model: nn.Module = executor.class_obj.diffusion_model
@@ -32,7 +40,7 @@ def recording(patcher: Any) -> tuple[Any, Recorder]:
 
     clone = patcher.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, record)
-    return clone, recorder
+    return clone
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ...quantizers.weight import QuantizedWeight
 from ..base import path_inside
 from ..modules import with_layers
 from ..objects import components_of
-from ..record import Recorder
+from ..record import Recorder, Watcher
 from .folders import ModelFolders
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ...quantizers.compat.remedies import Space
     from ...quantizers.files.model_saving import ModelTensors
     from ..offload import OffloadSettings
+    from ..sampling import Generation
 
 
 class StandaloneHost(ModelFolders):
@@ -135,6 +136,23 @@ class StandaloneHost(ModelFolders):
     def record(self, model: Any) -> tuple[Any, Recorder]:
         recorder = Recorder()
         return dataclasses.replace(model, recorder=recorder), recorder
+
+    def sampling_choices(self) -> tuple[Sequence[str], Sequence[str]]:
+        from .core_nodes import SAMPLERS, SCHEDULERS
+
+        return SAMPLERS, SCHEDULERS
+
+    def sample(self, model: Any, how: Generation, after_step: Callable[[], None]) -> Any:
+        from .sampling import sample
+
+        settings = (how.seed, how.steps, how.cfg, how.scheduler, how.positive, how.negative)
+        return {"samples": sample(model, *settings, how.latent["samples"], how.denoise, after_step)}
+
+    def decode(self, vae: Any, latent: Any) -> Any:
+        return vae.decode(latent["samples"])
+
+    def watched(self, model: Any, watcher: Watcher) -> Any:
+        return dataclasses.replace(model, recorder=watcher)
 
     def output_path(self, name: str) -> Path:
         return path_inside(self.output, name)

@@ -24,7 +24,7 @@ from ...quantizers.plan import sensitive_reason
 from ...quantizers.report import Entry, QuantReport
 from ...quantizers.weight import QuantizedWeight
 from ..modules import share_tree
-from ..record import Recorder
+from ..record import Watcher
 from . import flux
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class DiffusionModel:
     config: flux.FluxConfig
     source: str
     dtype: torch.dtype
-    recorder: Recorder | None = None
+    recorder: Watcher | None = None
     guard: Guard | None = field(default=None, compare=False)
     offload: OffloadSettings | None = None
 

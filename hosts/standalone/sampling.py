@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def sample(
     negative: Conditioning,
     latent: Tensor,
     denoise: float = 1.0,
+    after_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Denoise a latent with Euler steps.
 
@@ -65,6 +67,7 @@ def sample(
         latent: (B, C, H, W) raw VAE latent; zeros for a new image.
         cfg: guidance by the negative prompt; 1 skips the negative prompt.
         denoise: share of the schedule to run, in (0, 1].
+        after_step: called when a step is done.
     Returns:
         (B, C, H, W) float32 raw VAE latent.
     Raises:
@@ -84,6 +87,8 @@ def sample(
         for now, then in itertools.pairwise(levels):
             v = [_velocity(placed, x, now, c) for c in conditions]
             x = x + (then - now) * (v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1]))
+            if after_step is not None:
+                after_step()
             bar.update(1)
     return x / flux.LATENT_SCALE + flux.LATENT_SHIFT
 

@@ -46,6 +46,12 @@ def test_ids_are_permanent() -> None:
         "RecordImatrix",
         "SaveImatrix",
         "SaveCalibration",
+        "AdviseFormat",
+        "BenchmarkModel",
+        "CompareQuality",
+        "FindRecipe",
+        "FitModel",
+        "MemoryForecast",
     ]
     assert set(NODE_DISPLAY_NAME_MAPPINGS) == set(NODE_CLASS_MAPPINGS)
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # (44.7 s against 2.6 s, measured with other jobs beside).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
+    args = _parser(argv).parse_args(_joined(argv))
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     if not args.debug:
         quiet_loggers()
@@ -70,6 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _print_error(err, args.debug)
             return code or BAD_INPUT
     return code
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--vram -8GB` as `--vram=-8GB`: argparse takes `-8GB` for an option, and says that the size is missing."""
+    made: list[str] = []
+    for text in argv:
+        if made and made[-1] in ("--vram", "--budget") and re.match(r"-[\d.]", text):
+            made[-1] += f"={text}"
+        else:
+            made.append(text)
+    return made
 
 
 def quiet_loggers() -> None:

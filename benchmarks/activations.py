@@ -201,6 +201,15 @@ def _formula(title: str, role: str, geometry: Any, moments: Any, error: float, p
     return kept | {"error_percent": round(error, 2), "points": points}
 
 
+def with_streamed(found: dict[str, Any]) -> dict[str, Any]:
+    """The formulas with what benchmarks/streaming.py has added to those of the same name."""
+    before: dict[str, Any] = json.loads(DATA.read_text())["formulas"] if DATA.exists() else {}
+    kept = {name: {"streamed": f["streamed"]} for name, f in before.items() if "streamed" in f}
+    for name in found.keys() - kept.keys():
+        print(f"{name}: run benchmarks/streaming.py --only {name} --write", file=sys.stderr)
+    return {name: formula | kept.get(name, {}) for name, formula in found.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="*", metavar="FORMULA", help="measure these and keep the rest; none: only fit")
@@ -220,7 +229,7 @@ def main() -> int:
         "made_by": "python benchmarks/activations.py --write",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "attention": "scaled_dot_product_attention as chosen on CPU",
-        "formulas": formulas(rows),
+        "formulas": with_streamed(formulas(rows)),
     }
     if args.write:
         DATA.write_text(json.dumps(made, indent=1) + "\n")

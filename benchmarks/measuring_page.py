@@ -66,7 +66,7 @@ EXAMPLES: dict[str, Example] = {
         (f"{PICTURES}/compare.png",),
     ),
     "bench": Example(
-        "bench workflows/api/quantized.json --against full bnb-nf4 gguf-q8-0 gguf-q4-0 --repeats 5 --out out/docs/bench"
+        "bench workflows/api/full_precision.json --against bnb-nf4 gguf-q8-0 gguf-q4-0 --repeats 5 --out out/docs/bench"
     ),
     "recipe": Example(
         "recipe workflows/api/full_precision.json --budget 6.6MB --out out/docs/rules.txt"

@@ -1,14 +1,19 @@
 """Is a mixed recipe better than every single format of its size? Output errors and pictures, on held-out runs.
 
-    python benchmarks/recipe.py [--model digits | flux324] [--formats all | ID...] [--everywhere] [--json FILE]
+    python benchmarks/recipe.py [--model digits | flux324] [--formats all | ID...] [--everywhere]
+        [--candidates] [--float32] [--json FILE]
 
-For each single format the recipe gets exactly that format's bytes as its budget. Sensitivities are measured on some
-prompts and seeds, and both are compared on others, with the layers that QuantizeModel makes: the relative error of the
-denoiser's output, and on the digits model the PSNR of its pictures against those of full precision from the same seeds.
+For each single format the recipe gets exactly that format's bytes as its budget. As FindRecipe does, it measures layers
+on some prompts and seeds, checks the mixture on another beside the single formats among its candidates, and takes one
+of those where it measured better. The result is compared on runs that none of this saw, with the layers that
+QuantizeModel makes: the relative error of the denoiser's output, and on the digits model the PSNR of its pictures
+against those of full precision from the same seeds. The recipe is `better` where it is in both, and `level` where
+neither is worse by more than rounding: where squared errors differ by less than one rounding in the first layer makes.
 `digits` is the trained model of demo/; `flux324` the 324 M parameter FLUX of benchmarks/forward.py with random weights.
 A single format follows the default rules, which keep modulation and embedders at full precision; with `--everywhere` it
-quantizes every layer that it can hold. Recipes are made of `sensitivity.DEFAULT_FORMATS` alone. With `--float32` the
-comparison (not the sensitivities, nor the sizes) computes in float32: in bfloat16, rounding covers errors of 8 bits.
+quantizes every layer that it can hold. Recipes are made of `sensitivity.DEFAULT_FORMATS` alone, and with
+`--candidates` of the compared formats too. With `--float32` the comparison (not the sensitivities, nor the sizes)
+computes in float32: in bfloat16, rounding covers errors of 8 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,14 +38,14 @@ import torch
 from forward import make_inputs, make_model
 from quantwire.hosts import use
 from quantwire.hosts.modules import with_layers
-from quantwire.hosts.sensitivity import Probe, spread
+from quantwire.hosts.sensitivity import Check, Probe, _nudge, changed, check_mixtures, spread
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.sampling import _velocity, sample
 from quantwire.quantizers.apply import OnFailure, planning_slots, quantize_linears
 from quantwire.quantizers.choices import OnQuantized
-from quantwire.quantizers.measure.recipe import find_recipe
-from quantwire.quantizers.measure.sensitivity import Sensitivities
+from quantwire.quantizers.measure.recipe import Recipe, checked, find_recipe
+from quantwire.quantizers.measure.sensitivity import DEFAULT_FORMATS, Sensitivities
 from quantwire.quantizers.plan import make_plan
 from quantwire.quantizers.registry import available_formats, get_quantizer
 from quantwire.quantizers.report import versions
@@ -54,6 +60,7 @@ DEFAULT = (
 )
 STEPS, BATCH = 4, 4
 MEASURED = (("a handwritten seven", 5), ("the number two", 6))
+CHECKED = ("the number four", 77)
 HELD_OUT = tuple((f"a handwritten {word}", 900 + i) for i, word in enumerate(("zero", "one", "three", "five", "nine")))
 HELD_OUT_SIGMAS = (0.95, 0.6, 0.25)
 TOKENS = 288
@@ -72,12 +79,22 @@ class Row:
     recipe_predicted: float
     recipe_error: float
     recipe_psnr: float | None
+    recipe_single: str
+    rounding_error: float
+    rounding_psnr: float | None
 
     @property
-    def better(self) -> bool:
-        return self.recipe_error < self.single_error and (
-            self.single_psnr is None or (self.recipe_psnr or 0.0) > self.single_psnr
-        )
+    def verdict(self) -> str:
+        """`better` in everything that was measured, `same` format, `level` within rounding, or `worse`."""
+        if self.recipe_single == self.single:
+            return "same"
+        pairs = [(self.recipe_error**2, self.single_error**2, self.rounding_error**2)]
+        if self.recipe_psnr is not None and self.single_psnr is not None and self.rounding_psnr is not None:
+            psnrs = (self.recipe_psnr, self.single_psnr, self.rounding_psnr)
+            pairs.append(tuple(10 ** (-psnr / 10) for psnr in psnrs))
+        if all(mine < other for mine, other, _ in pairs):
+            return "better"
+        return "level" if all(mine - other < rounding for mine, other, rounding in pairs) else "worse"
 
 
 class Digits:
@@ -94,7 +111,7 @@ class Digits:
         clip = node("CLIPLoader").load_clip("digits_clip.safetensors")[0]
         self.vae = node("VAELoader").load_vae("digits_tae.safetensors")[0]
         encode, guide = node("CLIPTextEncode"), node("FluxGuidance")
-        prompts = [text for text, _ in (*MEASURED, *HELD_OUT)]
+        prompts = [text for text, _ in (*MEASURED, CHECKED, *HELD_OUT)]
         self.conditions = {text: guide.append(encode.encode(clip, text)[0], 3.5)[0] for text in prompts}
         self.module: nn.Module = self.model.transformer
         self.measured_model = self.model
@@ -124,6 +141,9 @@ class Digits:
             probe.restart()
             self._sampled(self.host.watched(self.measured_model, probe), text, seed)
 
+    def check(self, check: Check) -> None:
+        self._sampled(self.host.watched(self.measured_model, check), *CHECKED)
+
     def compare(self, module: nn.Module) -> tuple[float, float | None]:
         model = self.model.with_transformer(module)
         error = relative(list(self._velocities(model)), self.velocities)
@@ -144,6 +164,7 @@ class Flux324:
         self.reference = [self._call(self.module, *which) for which in self.held_out]
 
     measured = ((1, 0.9), (2, 0.5), (3, 0.1))
+    checked = (21, 0.4)
     held_out = ((11, 0.8), (12, 0.35), (13, 0.6))
 
     def _call(self, module: nn.Module, seed: int, time: float) -> Tensor:
@@ -159,6 +180,10 @@ class Flux324:
             probe.restart()
             with probe.watch(self.module, {}):
                 self._call(self.module, *which)
+
+    def check(self, check: Check) -> None:
+        with check.watch(self.module, {}):
+            self._call(self.module, *self.checked)
 
     def compare(self, module: nn.Module) -> tuple[float, float | None]:
         return relative([self._call(module, *which) for which in self.held_out], self.reference), None
@@ -183,19 +208,42 @@ def quantized(case: Any, spec: QuantSpec) -> tuple[nn.Module, int]:
 case_host = StandaloneHost()
 
 
-def compare(case: Any, found: Sensitivities, formats: list[str], everywhere: bool) -> Iterator[Row]:
+def chosen(case: Any, found: Sensitivities, budget: int, known: dict[str, float]) -> Recipe:
+    """What FindRecipe hands out; `known` keeps the measured errors of single formats for other budgets."""
+    recipe = find_recipe(found, budget)
+    wanted = {n: targets for n, targets in check_mixtures(recipe, found).items() if n not in known}
+    check = Check(case_host, spread(STEPS, 2) if case.name == "digits" else frozenset({0}), wanted)
+    case.check(check)
+    errors = check.errors()
+    known |= {name: error for name, error in errors.items() if name != "recipe"}
+    return checked(recipe, found, known | errors, "a run of its own")
+
+
+def rounding_of(case: Any, found: Sensitivities) -> tuple[float, float | None]:
+    """Error and PSNR of the model at full precision, with one rounding more in its first layer."""
+    base: nn.Module = case.model.transformer if case.name == "digits" else case.module
+    with changed(base, {found.units[0].layers[0]: _nudge}):
+        return case.compare(base)
+
+
+def compare(
+    case: Any, found: Sensitivities, formats: list[str], everywhere: bool, rounding: tuple[float, float | None]
+) -> Iterator[Row]:
+    known: dict[str, float] = {}
     done: dict[str, tuple[float, float | None]] = {}
     for format_id in formats:
         module, budget = quantized(case, QuantSpec(format_id, include=("*",) if everywhere else ()))
         single = case.compare(module)
-        recipe = find_recipe(found, budget)
+        recipe = chosen(case, found, budget, known)
         if recipe.rules not in done:
             module, nbytes = quantized(case, recipe.spec())
             if nbytes != recipe.nbytes or nbytes > budget:
                 raise SystemExit(f"the recipe says {recipe.nbytes} bytes, and it has {nbytes}; budget {budget}")
             done[recipe.rules] = case.compare(module)
         made = done[recipe.rules]
-        yield Row(format_id, budget, *single, recipe.nbytes, dict(recipe.formats), recipe.predicted_error, *made)
+        mixture = dict(recipe.formats)
+        shared = ("" if everywhere else recipe.single, *rounding)
+        yield Row(format_id, budget, *single, recipe.nbytes, mixture, recipe.predicted_error, *made, *shared)
 
 
 def show(row: Row) -> str:
@@ -207,7 +255,7 @@ def show(row: Row) -> str:
     mixture = ", ".join(f"{n} {t.removeprefix('gguf-')}" for t, n in row.recipe_formats.items())
     return (
         f"| {row.single} | {row.budget / 2**20:.2f} | {100 * row.single_error:.2f} | {100 * row.recipe_error:.2f} |"
-        f"{psnr} {mixture} |{'' if row.better else ' NOT BETTER'}"
+        f"{psnr} {row.verdict} | {mixture} |"
     )
 
 
@@ -216,6 +264,7 @@ def main() -> int:
     parser.add_argument("--model", choices=("digits", "flux324"), default="digits")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT), metavar="ID", help="`all`, or format ids")
     parser.add_argument("--everywhere", action="store_true", help="single formats quantize every layer they can hold")
+    parser.add_argument("--candidates", action="store_true", help="recipes may use the compared formats too")
     parser.add_argument("--float32", action="store_true", help="compare in float32, where rounding covers nothing")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -224,32 +273,38 @@ def main() -> int:
     start = time.perf_counter()
     with torch.inference_mode(), use(case_host):
         case: Any = (Digits if args.model == "digits" else Flux324)(case_host, args.float32)
-        probe = Probe(case_host, spread(STEPS, STEPS) if args.model == "digits" else frozenset({0}))
+        looked = spread(STEPS, STEPS) if args.model == "digits" else frozenset({0})
+        probe = Probe(case_host, looked, (*DEFAULT_FORMATS, *formats) if args.candidates else None)
         case.measure(probe)
         found = probe.result(args.model)
         seconds = time.perf_counter() - start
         print(f"{args.model}: {found.how}; {seconds:.0f} s; rounding {100 * found.floor:.2f} %")
-        heads = "| single PSNR | recipe PSNR |" if args.model == "digits" else "|"
-        print(f"| single format | MiB | single error % | recipe error % {heads} recipe |")
+        rounding = rounding_of(case, found)
+        psnr = "" if rounding[1] is None else f", PSNR {rounding[1]:.1f} dB"
+        print(f"one rounding in the comparison: error {100 * rounding[0]:.2f} %{psnr}")
         rows: list[Row] = []
-        for row in compare(case, found, formats, args.everywhere):
+        heads = "| single PSNR | recipe PSNR |" if args.model == "digits" else "|"
+        print(f"| single format | MiB | single error % | recipe error % {heads} verdict | recipe |")
+        for row in compare(case, found, formats, args.everywhere, rounding):
             rows.append(row)
             print(show(row), flush=True)
-    better = sum(row.better for row in rows)
-    print(f"the recipe is better at {better} of {len(rows)} sizes; {time.perf_counter() - start:.0f} s")
+    counts = Counter(row.verdict for row in rows)
+    said = ", ".join(f"{verdict} at {n}" for verdict, n in counts.items())
+    print(f"of {len(rows)} sizes the recipe is {said}; {time.perf_counter() - start:.0f} s")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         data = {
             "model": args.model,
             "everywhere": args.everywhere,
+            "candidates": list(found.formats),
             "float32": args.float32,
             "floor": found.floor,
             "measure_seconds": seconds,
             "versions": versions(),
-            "rows": [{**asdict(row), "better": row.better} for row in rows],
+            "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
         }
         args.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    return 0 if better == len(rows) else 1
+    return 1 if counts["worse"] else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import HostName
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file
+from .paths import require_file, write_file
 
 if TYPE_CHECKING:
     from ..quantizers.auto import DeviceFacts
@@ -64,7 +64,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", metavar="WxH", default=DEFAULT_SIZE, help=f"default: {DEFAULT_SIZE}")
     parser.add_argument("--frames", type=_count, default=1, metavar="N", help="frames of a video (default: 1)")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="images at once (default: 1)")
-    parser.add_argument("--cfg", type=float, default=1.0, metavar="X", help="guidance by a negative prompt")
+    parser.add_argument(
+        "--cfg", type=float, metavar="X", help="of the sampler; above 1 ComfyUI may run both prompts in one batch "
+        "(default: what the model's family is usually sampled with)",
+    )  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list every format, not the best {LISTED}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw size against quality")
     parser.add_argument(
@@ -87,11 +90,10 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
         from ..quantizers.measure.advise_plot import scatter
         from ..quantizers.measure.plots import to_png
 
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_bytes(to_png(scatter(advice)))
+        write_file(args.plot, to_png(scatter(advice)), "--plot")
         data["plot"] = str(args.plot)
     if to_output:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data, indent=2, allow_nan=False))
         return OK
     args.json = target
     report |= data
@@ -102,13 +104,16 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
 
 
 def _advice(args: argparse.Namespace) -> Advice:
+    from ..hosts.fit import refusal
     from ..quantizers.measure.advise import advise
     from ..quantizers.measure.parts import Role
     from ..quantizers.measure.units import parse_size
     from ..quantizers.spec import QuantSpec
 
     parts, role = _parts(args)
-    device, shape = _device(args), _shape(args)
+    if why := refusal(args.host, parts):
+        raise SpecError(f"--host standalone: {why}\nTake --host comfyui.")
+    device, shape = _device(args), _shape(args, next((p.family for p in parts if p.role is Role.DIFFUSION), ""))
     beside: dict[str, QuantSpec] = {}
     if args.text_format is not None:
         if role is Role.TEXT:
@@ -195,12 +200,13 @@ def _device(args: argparse.Namespace) -> DeviceFacts:
     return with_memory(device, args.vram)
 
 
-def _shape(args: argparse.Namespace) -> RunShape:
+def _shape(args: argparse.Namespace, family: str) -> RunShape:
     from ..quantizers.measure.activations import RunShape
+    from ..quantizers.measure.usual import usual_cfg
     from .forecast import parse_resolution
 
     width, height = parse_resolution(args.resolution)
-    return RunShape(width, height, args.frames, args.batch, cfg=args.cfg)
+    return RunShape(width, height, args.frames, args.batch, cfg=usual_cfg(family) if args.cfg is None else args.cfg)
 
 
 def _progress(formats: Sequence[str]) -> Iterable[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +25,8 @@ OK, NODE_FAILED = 0, 4
 STANDARD_OUTPUT = Path("-")
 
 
-class RunFailed(Exception):
-    """A run ended for a reason that is not the workflow's."""
+class BenchmarkFailed(Exception):
+    """The workflow as it is stopped for a reason that is not its own."""
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -35,7 +38,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         description=(
             "Run a workflow in API form several times, without ComfyUI, and measure seconds of a generation and of a "
             "step, of loading and quantizing, weights and peak memory. --against does the same in other formats, in "
-            "turns, so that a busy moment slows all of them. Each format has a process of its own. Writes "
+            "turns, so that a busy moment slows all of them. Each format has a process of its own. Images are compared "
+            "with those of full precision where that ran, else with the workflow's own. Writes "
             "benchmark_results.json, quantization_config.json, a sample of each and report.html."
         ),
     )
@@ -68,7 +72,11 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Lane:
-    """One variant: its graph, its process while it runs, and what was measured."""
+    """One variant: its graph, its process while it runs, and what was measured.
+
+    Attributes:
+        sample: name of the file that `kept`, its first image, gets beside the results.
+    """
 
     name: str
     graph: dict[str, Any]
@@ -77,6 +85,7 @@ class Lane:
     runs: list[dict[str, Any]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     sample: str = ""
+    kept: Path | None = None
     error: str = ""
     code: int = 0
 
@@ -104,12 +113,15 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
             raise FileError(f"--models: '{folder}' is not a folder.")
     lanes = _lanes(args)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    try:
-        _measure(args, lanes)
-    finally:
-        for lane in lanes:
-            _close(lane)
-    results = _results(args, lanes, started)
+    # The folder is this process's: a worker that is killed cannot clean up.
+    with tempfile.TemporaryDirectory(prefix="quantwire-", ignore_cleanup_errors=True) as scratch:
+        try:
+            _measure(args, lanes, Path(scratch))
+        finally:
+            for lane in lanes:
+                _close(lane)
+        results = _results(args, lanes, started)
+        _keep_samples(args.out, lanes)
     path = write(args.out, results, page(results, args.out))
     if to_output:
         print(json.dumps(results.to_dict(), indent=2))
@@ -149,7 +161,7 @@ def _lanes(args: argparse.Namespace) -> list[Lane]:
     return lanes
 
 
-def _measure(args: argparse.Namespace, lanes: list[Lane]) -> None:
+def _measure(args: argparse.Namespace, lanes: list[Lane], scratch: Path) -> None:
     from ..hosts.bench import Order, turns
     from ..hosts.eta import show_seconds
 
@@ -159,22 +171,24 @@ def _measure(args: argparse.Namespace, lanes: list[Lane]) -> None:
     for done, turn in enumerate(plan, 1):
         lane = lanes[turn.variant]
         if not lane.error:
-            _take(args, lane, turn, is_base=turn.variant == 0)
+            _take(args, lane, turn, scratch / str(turn.variant), is_base=turn.variant == 0)
         left = (time.perf_counter() - begun) / done * (len(plan) - done)
         said = "failed" if lane.error else "measured" if turn.measured else "warm-up"
         print(f"run {done} of {len(plan)}: {lane.name}, {said}, {show_seconds(left)} left", file=sys.stderr, flush=True)
 
 
-def _take(args: argparse.Namespace, lane: Lane, turn: Any, is_base: bool) -> None:
+def _take(args: argparse.Namespace, lane: Lane, turn: Any, scratch: Path, is_base: bool) -> None:
     if lane.process is None:
-        lane.process = _start(lane.graph, args.models or [])
-    lane.process.stdin.write("run\n")
-    lane.process.stdin.flush()
-    line = lane.process.stdout.readline()
-    answer = json.loads(line) if line else {"error": f"its process ended with {lane.process.wait()}", "code": 4}
+        lane.process = _start()
+        ask = json.dumps(
+            {"workflow": lane.graph, "models": [str(m.resolve()) for m in args.models or []], "out": str(scratch)}
+        )
+    else:
+        ask = ""
+    answer = _ask(lane.process, f"{ask}\nrun\n" if ask else "run\n")
     if "error" in answer:
-        if is_base:
-            kind = {2: WorkflowError, 3: OffloadConflict}.get(answer["code"], RunFailed)
+        if is_base and not lane.runs:
+            kind = {2: WorkflowError, 3: OffloadConflict}.get(answer["code"], BenchmarkFailed)
             raise kind(answer["error"])
         lane.error, lane.code = answer["error"], answer["code"]
         return
@@ -183,14 +197,39 @@ def _take(args: argparse.Namespace, lane: Lane, turn: Any, is_base: bool) -> Non
     if turn.measured:
         lane.runs.append(answer)
     if turn.first:
-        _keep_images(args.out, lane, answer["images"])
+        _look(lane, answer["images"])
     if turn.last:
         _close(lane)
 
 
-def _start(graph: dict[str, Any], models: list[Path]) -> Any:
+def _ask(process: Any, text: str) -> dict[str, Any]:
+    """The answer of a worker; of one that is gone, that it is."""
+    line = ""
+    with contextlib.suppress(OSError):  # the pipe of a process that was killed while it waited
+        process.stdin.write(text)
+        process.stdin.flush()
+        line = process.stdout.readline()
+    return json.loads(line) if line.endswith("\n") else {"error": _how_ended(process.wait()), "code": NODE_FAILED}
+
+
+def _how_ended(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with exit code {code}\nWhat it printed stands above."
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if name != "SIGKILL":
+        return f"its process was ended by {name}\nA library crashed: what it printed stands above."
+    return (
+        "its process was killed (SIGKILL)\nUsually the system does so when memory runs out: name fewer formats, or "
+        "give --one-by-one, so that one is in memory at a time."
+    )
+
+
+def _start() -> Any:
     # In a session of its own: Ctrl-C reaches this process alone, which then ends the others.
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", f"{__package__}.bench_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -199,9 +238,6 @@ def _start(graph: dict[str, Any], models: list[Path]) -> Any:
         start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"workflow": graph, "models": [str(m.resolve()) for m in models]}) + "\n")
-    return process
 
 
 def _close(lane: Lane) -> None:
@@ -209,7 +245,8 @@ def _close(lane: Lane) -> None:
     process, lane.process = lane.process, None
     if process is None:
         return
-    process.stdin.close()
+    with contextlib.suppress(OSError):  # it is gone already
+        process.stdin.close()
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
@@ -218,8 +255,8 @@ def _close(lane: Lane) -> None:
     process.stdout.close()
 
 
-def _keep_images(out: Path, lane: Lane, paths: list[str]) -> None:
-    """Read the images of the first measured run, and put the first one beside the results."""
+def _look(lane: Lane, paths: list[str]) -> None:
+    """Read the images of the first measured run."""
     import numpy as np
     import torch
     from PIL import Image
@@ -229,8 +266,22 @@ def _keep_images(out: Path, lane: Lane, paths: list[str]) -> None:
             lane.images.append(torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255))
     if paths:
         lane.sample = f"sample-{re.sub(r'[^0-9A-Za-z_.-]+', '_', lane.name)}.png"
+        lane.kept = Path(paths[0])
+
+
+def _keep_samples(out: Path, lanes: list[Lane]) -> None:
+    """Put the first image of each beside the results; with them and not before, so that none lies there alone.
+
+    Raises:
+        FileError: the folder cannot be written in.
+    """
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(paths[0], out / lane.sample)
+        for lane in lanes:
+            if lane.kept is not None:
+                shutil.copyfile(lane.kept, out / lane.sample)
+    except OSError as err:
+        raise FileError(f"--out: samples cannot be written to '{out}': {err.strerror or err}.") from err
 
 
 def _results(args: argparse.Namespace, lanes: list[Lane], started: str) -> Any:
@@ -243,7 +294,11 @@ def _results(args: argparse.Namespace, lanes: list[Lane], started: str) -> Any:
         found = max(held, key=lambda f: held[f]) if held else FULL
         base.name = found if found not in {lane.name for lane in lanes} else f"{found} (workflow)"
     order = "one by one" if args.one_by_one else "interleaved"
-    settings = {"repeats": args.repeats, "warmup": args.warmup, "order": order, "set": " ".join(args.overrides)}
+    settings = {"repeats": args.repeats, "warmup": args.warmup, "order": order}
+    if args.overrides:
+        settings["set"] = " ".join(args.overrides)
+    # What is quantized is compared with what is not, wherever that ran.
+    reference = next((lane for lane in lanes if lane.name == FULL and lane.runs), base)
     return BenchmarkResults(
         title=args.workflow.stem,
         host="standalone",
@@ -251,12 +306,13 @@ def _results(args: argparse.Namespace, lanes: list[Lane], started: str) -> Any:
         settings=settings,
         versions=versions(),
         started=started,
-        variants=tuple(_variant(lane, base) for lane in lanes),
+        variants=tuple(_variant(lane, reference) for lane in lanes),
         notes=("Each format ran in a process of its own.",),
+        reference=reference.name,
     )
 
 
-def _variant(lane: Lane, base: Lane) -> Any:
+def _variant(lane: Lane, reference: Lane) -> Any:
     from ..hosts.bench import difference
     from ..quantizers.measure.results import Memory, Seconds, Variant, summarize
 
@@ -274,11 +330,11 @@ def _variant(lane: Lane, base: Lane) -> Any:
         peaks[0][2] if peaks else "",
     )
     apart = None
-    if lane is not base and lane.images and len(lane.images) == len(base.images):
+    if lane is not reference and lane.images and len(lane.images) == len(reference.images):
         import torch
 
-        if all(a.shape == b.shape for a, b in zip(lane.images, base.images, strict=True)):
-            flat = [torch.cat([i.flatten() for i in x.images]) for x in (lane, base)]
+        if all(a.shape == b.shape for a, b in zip(lane.images, reference.images, strict=True)):
+            flat = [torch.cat([i.flatten() for i in x.images]) for x in (lane, reference)]
             apart = difference(*flat)
     return Variant(
         name=lane.name,

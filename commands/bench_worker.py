@@ -12,8 +12,7 @@ import logging
 import math
 import os
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,8 +22,11 @@ from ..hosts.standalone.core_nodes import CORE_NODES
 from ..hosts.standalone.executor import Executor
 from ..hosts.standalone.host import StandaloneHost
 from ..hosts.standalone.progress import Listener, Progress
-from ..hosts.standalone.workflow import NodeSpec, parse_workflow
+from ..hosts.standalone.workflow import NodeSpec, Prompt, parse_workflow
 from ..quantizers.measure.meter import PeakMeter, resident_nbytes
+
+LOADERS = ("Load", "UNET", "FitModel", "CLIPLoader", "DualCLIPLoader", "VAELoader")  # how their names begin
+BOTH = ("LoadAndQuantize", "FitModel")  # load and quantize in one
 
 
 class Watch(Listener):
@@ -80,14 +82,14 @@ def _watched(cls: Any, watch: Watch) -> type:
 class Worker:
     """Runs one workflow again and again; models stay loaded."""
 
-    def __init__(self, asked: Mapping[str, Any], out: Path) -> None:
+    def __init__(self, asked: Mapping[str, Any]) -> None:
         from .. import nodes
 
         self.watch = Watch()
         self.classes = watched({**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS}, self.watch)
         self.executor = Executor(self.classes, self.watch)
         self.prompt = parse_workflow(asked["workflow"])
-        self.host = StandaloneHost([Path(p) for p in asked["models"]] or None, out)
+        self.host = StandaloneHost([Path(p) for p in asked["models"]] or None, Path(asked["out"]))
         self.before = _preloaded()
         self.meter: PeakMeter | None = None
 
@@ -118,10 +120,10 @@ class Worker:
     def _loaded(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the first run alone tells: seconds of loading and quantizing, weights, device."""
         seconds = self.watch.seconds
-        load = sum(s for n, s in seconds.items() if _makes_models(self.classes[n]) and n.startswith(("Load", "UNET")))
-        load += sum(seconds.get(n, 0.0) for n in ("CLIPLoader", "DualCLIPLoader", "VAELoader"))
-        reports = [r for ui in outputs.values() for r in ui.get("report") or [] if "entries" in r]
-        quantize = sum(seconds.get(n, 0.0) for n in QUANTIZERS)
+        load = sum(s for n, s in seconds.items() if _makes_models(self.classes[n]) and n.startswith(LOADERS))
+        # Of a node that does both, the report tells how much of its time went into quantizing.
+        within = sum(r["seconds"] for r in _reports(outputs, self.prompt, BOTH))
+        quantize = sum(seconds.get(n, 0.0) for n in QUANTIZERS) + within
         models = self.watch.objects["MODEL"]
         held: dict[str, int] = {}
         device: dict[str, Any] = {}
@@ -130,14 +132,24 @@ class Worker:
             self.meter = PeakMeter(bench.device_of(self.host, models[0]))
         objects = [obj for found in self.watch.objects.values() for obj in found]
         return {
-            "load_s": load,
-            "quantize_s": quantize if any(n in seconds for n in QUANTIZERS) else None,
-            "reports": reports,
+            "load_s": max(0.0, load - within),
+            "quantize_s": quantize if within or any(n in seconds for n in QUANTIZERS) else None,
+            "reports": _reports(outputs, self.prompt),
             "held": held,
             "device": device,
             "weights": bench.weights(self.host, objects),
             "before": self.before,
         }
+
+
+def _reports(outputs: Mapping[str, Any], prompt: Prompt, classes: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Reports of quantizations that nodes showed, of these classes or of all; Fit Model's hold several."""
+    found: list[dict[str, Any]] = []
+    for node_id, ui in outputs.items():
+        if not classes or prompt.nodes[node_id].class_type in classes:
+            for shown in ui.get("report") or []:
+                found += [r for r in (shown, *shown.get("loaded", {}).values()) if "entries" in r]
+    return found
 
 
 def _preloaded() -> int | None:
@@ -155,15 +167,14 @@ def serve(questions: TextIO, answers: TextIO) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_loggers()
-    with tempfile.TemporaryDirectory(prefix="quantwire-") as scratch:
-        try:
-            worker = Worker(json.loads(questions.readline()), Path(scratch))
-            for _ in questions:
-                print(json.dumps(worker.run()), file=answers, flush=True)
-        except Exception as err:  # the boundary of the process: the other side raises it again
-            code = 3 if isinstance(err, OffloadConflict) else 2 if isinstance(err, QuantwireError) else 4
-            text = str(err).strip() or type(err).__name__
-            print(json.dumps({"error": text, "type": type(err).__name__, "code": code}), file=answers, flush=True)
+    try:
+        worker = Worker(json.loads(questions.readline()))
+        for _ in questions:
+            print(json.dumps(worker.run()), file=answers, flush=True)
+    except Exception as err:  # the boundary of the process: the other side raises it again
+        code = 3 if isinstance(err, OffloadConflict) else 2 if isinstance(err, QuantwireError) else 4
+        text = str(err).strip() or type(err).__name__
+        print(json.dumps({"error": text, "type": type(err).__name__, "code": code}), file=answers, flush=True)
 
 
 def main() -> None:

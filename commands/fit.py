@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 OK = 0
 STANDARD_OUTPUT = Path("-")
+COLUMNS = 118
 HOSTS = ("comfyui", "standalone")
 DEVICE = "cuda:8.6"  # where --vram says how much: what most people with 6 to 24 GB have
 
@@ -52,6 +54,11 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=1, metavar="N", help="of a video (default: 1)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
     parser.add_argument(
+        "--cfg", type=float, metavar="X",
+        help="of the sampler; above 1 ComfyUI may run both prompts in one batch, which takes more memory (default: "
+        "what the model's family is usually sampled with, which the first line says)",
+    )  # fmt: skip
+    parser.add_argument(
         "--prefer", choices=("balanced", "quality"), default="balanced",
         help="balanced: give up quality, down to 4 bits, before weights are copied to the device at every step; "
         "quality: the other way round",
@@ -61,7 +68,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="try a mixture of formats too, by the errors of the weights; reads the file, which takes minutes if it is "
         "large",
     )  # fmt: skip
-    parser.add_argument("--host", choices=(*HOSTS, "both"), default="both", help="whose modes (default: both)")
+    parser.add_argument(
+        "--host",
+        choices=(*HOSTS, "both"),
+        default="both",
+        help="whose modes (default: those that open the model; `quantwire run` opens FLUX only)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="WORKFLOW.json",
         help="write a workflow with Fit Model that does it; takes --text-encoder and --vae",
@@ -80,6 +92,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     Raises:
         QuantwireError: an argument, a file, or nothing fits.
     """
+    from ..hosts.fit import refusal
     from ..quantizers.compat.modes import HostName
     from ..quantizers.measure.fit import Prefer
     from ..quantizers.measure.fitted import fit
@@ -92,12 +105,17 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
         args.json = None  # the facts themselves, not the report of a run
     elif target is not None:
         require_file(target, "--json")
-    vram, shape = parse_vram(args.vram), _shape(args)
+    vram = parse_vram(args.vram)
+    _shape(args, "")  # what is wrong with it is told before files are read
     device = parse_device(args.device, vram)
     parts = _parts(args)
     family = next((p.family for p in parts if p.role is Role.DIFFUSION), "")
+    shape = _shape(args, family)
     graph = _graph(args, family, vram, shape)
-    hosts = HOSTS if args.host == "both" else (args.host,)
+    refused = refusal("standalone", parts)
+    if args.host == "standalone" and refused:
+        raise SpecError(f"--host standalone: {refused}\nTake --host comfyui.")
+    hosts = [h for h in (HOSTS if args.host == "both" else (args.host,)) if not refusal(h, parts)]
     loras = sum(p.held_nbytes for p in parts if p.role is Role.LORA)
     parts = [p for p in parts if p.role is not Role.LORA]
     measure = _sensitivities(args) if args.mixed else None
@@ -105,16 +123,19 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
         h: fit(parts, device, HostName(h), shape, Prefer(args.prefer), loras_nbytes=loras, sensitivities=measure)
         for h in hosts
     }
-    facts = {"vram_nbytes": vram, "hosts": {name: f.to_dict() for name, f in found.items()}}
+    left_out = {"standalone": refused} if refused and args.host == "both" else {}
+    facts = {"vram_nbytes": vram, "hosts": {n: f.to_dict() for n, f in found.items()}, "left_out": left_out}
     if to_output:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts, indent=2, allow_nan=False))
     else:
         report |= facts
-        print("\n\n".join(f"{_TITLES[name]}\n{f}" for name, f in found.items()))
+        said = [f"{_TITLES[name]}\n{f}" for name, f in found.items()]
+        print("\n\n".join([*said, *(textwrap.fill(why, COLUMNS) for why in left_out.values())]))
     if graph is not None:
         write_json(args.out, graph, "--out")
         if not to_output:
-            print(f"\n{args.out}: a workflow with Fit Model; `quantwire run {args.out}` runs it, ComfyUI opens it.")
+            runs = "" if refused else f" and `quantwire run {args.out}` runs it"
+            print(f"\n{args.out}: a workflow with Fit Model; ComfyUI opens it{runs}.")
     return OK
 
 
@@ -132,6 +153,10 @@ def _parts(args: argparse.Namespace) -> list[ModelPart]:
         *(("--lora", path, Role.LORA) for path in args.lora),
     )
     found += _unique(parts_of_file(args.file), found)
+    if all(p.role is Role.LORA for p in found):
+        raise FileError(
+            f"{args.file.name} is a LoRA, which runs on a model.\nGive the model's file, and this one with --lora."
+        )
     for option, path, role in wanted:
         parts = [p for p in parts_of_file(path) if p.role is role]
         if not parts:
@@ -177,16 +202,13 @@ def _unique(parts: Sequence[ModelPart], taken: Sequence[ModelPart]) -> list[Mode
     return made
 
 
-def _shape(args: argparse.Namespace) -> RunShape:
+def _shape(args: argparse.Namespace, family: str) -> RunShape:
     from ..quantizers.measure.activations import RunShape
+    from ..quantizers.measure.usual import usual_cfg
+    from .forecast import parse_resolution
 
-    width, cross, height = args.resolution.lower().partition("x")
-    try:
-        sides = int(width), int(height if cross else width)
-    except ValueError:
-        said = f"--resolution: '{args.resolution}' is no size."
-        raise SpecError(f"{said}\nWrite 1024x1024, or 1024 for a square.") from None
-    return RunShape(*sides, args.frames, args.batch)
+    cfg = usual_cfg(family) if args.cfg is None else args.cfg
+    return RunShape(*parse_resolution(args.resolution), args.frames, args.batch, cfg=cfg)
 
 
 def _graph(args: argparse.Namespace, family: str, vram: int, shape: RunShape) -> dict[str, Any] | None:

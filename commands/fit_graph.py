@@ -34,21 +34,20 @@ class Kind:
     latent: str
     clip: dict[int, str | None]
     steps: int
-    cfg: float
     scheduler: str = "simple"
     guidance: bool = False
 
 
 # FLUX with CLIP-L alone is what the demo model of this pack is.
 KINDS: dict[str, Kind] = {
-    "flux": Kind("EmptySD3LatentImage", {1: "stable_diffusion", 2: "flux"}, 20, 1.0, guidance=True),
-    "sd3": Kind("EmptySD3LatentImage", {1: "sd3", 2: "sd3", 3: None}, 28, 4.5, "sgm_uniform"),
-    "lumina2": Kind("EmptySD3LatentImage", {1: "lumina2"}, 25, 4.0),
-    "z-image": Kind("EmptySD3LatentImage", {1: "lumina2"}, 8, 1.0),
-    "qwen-image": Kind("EmptySD3LatentImage", {1: "qwen_image"}, 20, 2.5),
-    "hidream": Kind("EmptySD3LatentImage", {4: None}, 28, 5.0),
-    "sdxl": Kind("EmptyLatentImage", {2: "sdxl"}, 25, 7.0, "normal"),
-    "sd1.5": Kind("EmptyLatentImage", {1: "stable_diffusion"}, 25, 7.0, "normal"),
+    "flux": Kind("EmptySD3LatentImage", {1: "stable_diffusion", 2: "flux"}, 20, guidance=True),
+    "sd3": Kind("EmptySD3LatentImage", {1: "sd3", 2: "sd3", 3: None}, 28, "sgm_uniform"),
+    "lumina2": Kind("EmptySD3LatentImage", {1: "lumina2"}, 25),
+    "z-image": Kind("EmptySD3LatentImage", {1: "lumina2"}, 8),
+    "qwen-image": Kind("EmptySD3LatentImage", {1: "qwen_image"}, 20),
+    "hidream": Kind("EmptySD3LatentImage", {4: None}, 28),
+    "sdxl": Kind("EmptyLatentImage", {2: "sdxl"}, 25, "normal"),
+    "sd1.5": Kind("EmptyLatentImage", {1: "stable_diffusion"}, 25, "normal"),
 }
 
 
@@ -63,6 +62,9 @@ def workflow(
     mixed: bool = False,
 ) -> dict[str, Any]:
     """The graph: FitModel, prompt, sampler, VAE and a saved image.
+
+    Args:
+        shape: its cfg is that of the sampler too.
 
     Raises:
         SpecError: a family that no graph is written for, or a number of text encoders that it does not take.
@@ -89,6 +91,7 @@ def workflow(
         "height": shape.height,
         "frames": shape.frames,
         "batch": shape.batch,
+        "cfg": shape.cfg,
         "cache": True,
         "mixed": mixed,
     }
@@ -98,7 +101,7 @@ def workflow(
         "model": ["1", 0],
         "seed": 0,
         "steps": kind.steps,
-        "cfg": kind.cfg,
+        "cfg": shape.cfg,
         "sampler_name": "euler",
         "scheduler": kind.scheduler,
         "positive": [positive, 0],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import Carrier, HostName
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file
+from .paths import require_file, write_file
 
 if TYPE_CHECKING:
     from ..hosts.forecast import Asked
@@ -280,8 +280,7 @@ def _draw(path: Path, found: list[Forecast]) -> list[Path]:
     paths: list[Path] = []
     for index, each in enumerate(found):
         name = path if index == 0 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
-        name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_bytes(to_png(bars(each)))
+        write_file(name, to_png(bars(each)), "--plot")
         paths.append(name)
     return paths
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,19 @@ def require_writable(folder: Path, option: str) -> None:
         FileError: names the option and the folder.
     """
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not _takes_files(existing):
         raise FileError(f"{option}: cannot write in '{folder}' ('{existing}' is not a writable folder).")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made there; the permissions alone say yes to root, in /proc too."""
+    if not os.access(folder, os.W_OK):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def require_file(path: Path, option: str) -> None:
@@ -29,11 +41,21 @@ def require_file(path: Path, option: str) -> None:
         FileError: the path is a folder, or its folder cannot be written in.
     """
     if path.is_dir():
-        raise FileError(f"{option}: '{path}' is a folder.\nName a file, such as '{path / 'report.json'}'.")
+        example = path / ("plot.png" if option == "--plot" else "report.json")
+        raise FileError(f"{option}: '{path}' is a folder.\nName a file, such as '{example}'.")
     require_writable(path.parent, option)
 
 
 def write_json(path: Path, data: Any, option: str) -> None:
+    """Write as `write_file` does.
+
+    Raises:
+        FileError: the path is a folder, or cannot be written.
+    """
+    write_file(path, (json.dumps(data, indent=2) + "\n").encode(), option)
+
+
+def write_file(path: Path, data: bytes, option: str) -> None:
     """Write beside it and rename, so that no half of a file is left, nor another file beside it.
 
     Raises:
@@ -43,10 +65,10 @@ def write_json(path: Path, data: Any, option: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as err:
-        raise FileError(f"{option}: {path} cannot be written: {err.strerror}.") from err
+        raise FileError(f"{option}: {path} cannot be written: {err.strerror or err}.") from err
     finally:
         with contextlib.suppress(OSError):  # it is gone where it was renamed, and may never have been there
             temporary.unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file
+from .paths import require_file, write_file
 
 if TYPE_CHECKING:
     from ..quantizers.measure.recipe import Recipe
@@ -29,15 +29,17 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
             "Measure what quantizing each layer does to the output of a model, and find the mixture of formats with "
             "the smallest error whose weights fit into the budget. A WORKFLOW is run in the embedded host, and each "
             "layer is measured on its own prompt at a few noise levels; the recipe is then checked on a run with "
-            "another seed, beside the single formats that fit. Of a FILE (safetensors or GGUF at full precision, an "
-            "index, a folder of diffusers) only the errors of its weights are measured: quicker, and a rougher guess. "
+            "another seed, beside the single formats that fit; where one of those measures better, the recipe is that "
+            "format. Of a FILE (safetensors or GGUF at full precision, an index, a folder of diffusers) only the "
+            "errors of its weights are measured: quicker, and a rougher guess. "
             "The rules go into QuantRules, FindRecipe's config, or `quantwire convert --rules`."
         ),
     )
     parser.add_argument("source", type=Path, metavar="WORKFLOW.json|FILE")
     parser.add_argument(
-        "--budget", required=True, metavar="SIZE", help="bytes of the diffusion model's weights: 6.5GB, 6.5GiB, 700MB"
-    )
+        "--budget", required=True, metavar="SIZE",
+        help="bytes of the diffusion model's weights: 6.5GB, 6.5GiB, 700MB; a number alone is GB",
+    )  # fmt: skip
     parser.add_argument(
         "--formats", nargs="+", metavar="FORMAT",
         help="format ids or URIs to choose from (default: gguf formats of 2 to 8 bits, which one file can hold mixed)",
@@ -76,7 +78,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     for folder in args.models or []:
         if not folder.is_dir():
             raise FileError(f"--models: '{folder}' is not a folder.")
-    budget = parse_size(args.budget)
+    budget = parse_size(args.budget, "GB")
     check_formats(args.formats)
     if args.plot is not None:
         new_figure()  # minutes of measuring are not to end in a library that is missing
@@ -91,11 +93,11 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
             raise SpecError(f"--set: {args.source.name} is a model file and has no nodes.\nGive a workflow.")
         recipe, found = of_file(args.source, budget, args.formats)
     if args.out is not None:
-        args.out.write_text(_commented(recipe), encoding="utf-8")
+        write_file(args.out, _commented(recipe).encode(), "--out")
     if args.plot is not None:
         from ..quantizers.measure.recipe_plot import plot_recipe
 
-        args.plot.write_bytes(to_png(plot_recipe(recipe, found)))
+        write_file(args.plot, to_png(plot_recipe(recipe, found)), "--plot")
     data = {"recipe": recipe.to_dict(), "sensitivities": found.to_dict()}
     if to_output:
         print(json.dumps(data, indent=2))
@@ -122,16 +124,13 @@ def of_file(path: Path, budget: int, formats: list[str] | None) -> tuple[Recipe,
     """
     from tqdm import tqdm
 
-    from ..quantizers.measure.recipe import check_budget, find_recipe, smallest
+    from ..quantizers.measure.recipe import check_possible, find_recipe
     from ..quantizers.measure.sensitivity import by_weights, check_formats, units_of
     from ..quantizers.measure.sensitivity import of_file as open_part
 
     part, read = open_part(path)
     candidates = check_formats(formats)
-    units = units_of(part.slots)
-    within = {meta.name for unit in units for meta in unit.metas}
-    fixed = sum(slot.meta.nbytes for slot in part.slots if slot.meta.name not in within)
-    check_budget(part.name, smallest(units, fixed, candidates), budget, candidates)
+    check_possible(part.name, part.slots, units_of(part.slots), candidates, budget, measured=False)
     found = by_weights(part, read, formats, lambda items: tqdm(items, desc="layers", file=sys.stderr, leave=False))
     return find_recipe(found, budget), found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 
 from ..quantizers.measure.results import Difference
 from .base import Host
+from .standalone.progress import Interrupted
 
 
 class Order(str, Enum):
@@ -127,17 +129,17 @@ def formats(host: Host, model: Any) -> dict[str, int]:
 
 
 def difference(output: Any, first: Any) -> Difference | None:
-    """An output against the first one's; None where they cannot be compared.
+    """An output against another; None where they cannot be compared: other sizes, nan or inf in either.
 
     Args:
-        output: IMAGE (B, H, W, 3), AUDIO or LATENT.
+        output, first: IMAGE (B, H, W, 3), AUDIO or LATENT.
     """
     mine, of = _values(output)
     its, _ = _values(first)
     if mine.shape != its.shape:
         return None
     noise, signal = float((mine - its).norm()), float(its.norm())
-    if not signal or not torch.isfinite(mine).all():
+    if not signal or not (math.isfinite(noise) and math.isfinite(signal)):
         return None
     psnr = None
     if of == "image" and noise:
@@ -155,6 +157,11 @@ def _values(output: Any) -> tuple[torch.Tensor, str]:
     samples = data["samples"]
     parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
     return torch.cat([p.detach().to("cpu", torch.float64).flatten() for p in parts]), "latent"
+
+
+def is_interrupt(err: BaseException) -> bool:
+    """Whether the user stopped the graph. ComfyUI 0.33's is no Exception; older ones were."""
+    return isinstance(err, Interrupted) or type(err).__name__ == "InterruptProcessingException"
 
 
 def is_finite(output: Any) -> bool:

@@ -13,9 +13,9 @@ from .standalone.workflow import Prompt, PromptNode, as_link
 
 WORDS = ("full", FULL)  # of --against, for no quantization at all
 KINDS = ("MODEL", "CLIP", "VAE", "CONTROL_NET")
+FROM_CONFIG = "from config"  # the value of a format widget that leaves the choice to a linked config
 QUANTIZERS = ("QuantizeModel", "QuantizeTextEncoder", "QuantizeControlNet")
-_QUANTIZED = ("LoadGGUF", "LoadQuantized")
-SEEDS = ("seed", "noise_seed")
+_QUANTIZED = ("LoadGGUF", "LoadQuantized", "FitModel")
 # Class -> types of its outputs; None where they are not known.
 Outputs = Callable[[str], "tuple[str, ...] | None"]
 
@@ -37,10 +37,27 @@ def named(against: Sequence[str]) -> dict[str, QuantSpec | None]:
 
 def title_of(prompt: Prompt) -> str:
     """The format that the graph's own nodes ask for; empty where no node quantizes a diffusion model."""
-    for node in prompt.nodes.values():
-        if node.class_type in ("QuantizeModel", "LoadAndQuantize") and isinstance(node.inputs.get("format"), str):
-            return str(node.inputs["format"])
+    asked = {n.id: n for n in prompt.nodes.values() if n.class_type in ("QuantizeModel", "LoadAndQuantize")}
+    sources = {link.node_id for n in asked.values() if (link := as_link(n.inputs.get("model"))) is not None}
+    for node in asked.values():
+        if node.id in sources:
+            continue  # a quantizer behind it has the last word
+        text = node.inputs.get("format")
+        if text == FROM_CONFIG:
+            return _linked_format(prompt, node)
+        if isinstance(text, str):
+            return text
     return ""
+
+
+def _linked_format(prompt: Prompt, node: PromptNode) -> str:
+    """The URI of a linked QuantConfig; the kind of node where it is no plain URI, such as rules."""
+    link = as_link(node.inputs.get("config"))
+    config = prompt.nodes.get(link.node_id) if link is not None else None
+    uri = config.inputs.get("uri") if config is not None else None
+    if isinstance(uri, str) and uri.strip():
+        return uri.strip()
+    return config.class_type if config is not None else FROM_CONFIG
 
 
 def with_format(prompt: Prompt, spec: QuantSpec | None, outputs: Outputs) -> Prompt:
@@ -57,15 +74,19 @@ def with_format(prompt: Prompt, spec: QuantSpec | None, outputs: Outputs) -> Pro
     for node in nodes.values():
         if node.class_type in _QUANTIZED:
             raise WorkflowError(
-                f"--against: {node.place} loads a model that is quantized already, and other formats are made of full "
+                f"--against: {node.place} loads {_loads(node)} quantized already, and other formats are made of full "
                 "precision.\nCompare in a workflow that loads the full-precision file."
             )
     if asking:
         for node in asking:
-            _set(nodes, node, spec)
+            _set(nodes, nodes[node.id], spec)  # one before it in a chain may have changed its inputs
     elif spec is not None:
         _insert(nodes, spec, outputs)
     return Prompt(_without_dead_ends(nodes), prompt.source)
+
+
+def _loads(node: PromptNode) -> str:
+    return "a model as it chooses, maybe" if node.class_type == "FitModel" else "a model that is"
 
 
 def _set(nodes: dict[str, PromptNode], node: PromptNode, spec: QuantSpec | None) -> None:
@@ -90,7 +111,7 @@ def _config(nodes: dict[str, PromptNode], owner: str, spec: QuantSpec) -> dict[s
         return {"format": spec.format_id}
     config = _new_id(nodes, f"{owner}-config")
     nodes[config] = PromptNode(config, "QuantConfig", {"uri": spec.to_uri()}, "Benchmark config")
-    return {"format": "from config", "config": [config, 0]}
+    return {"format": FROM_CONFIG, "config": [config, 0]}
 
 
 def _insert(nodes: dict[str, PromptNode], spec: QuantSpec, outputs: Outputs) -> None:
@@ -146,12 +167,3 @@ def _new_id(nodes: Mapping[str, PromptNode], base: str) -> str:
     while name in nodes:
         name, number = f"{base}-{number}", number + 1
     return name
-
-
-def with_seed(prompt: Prompt, more: int) -> Prompt:
-    """Every seed moved on, since a server takes what it has made from its cache."""
-    nodes = {
-        n.id: replace(n, inputs={k: v + more if k in SEEDS and isinstance(v, int) else v for k, v in n.inputs.items()})
-        for n in prompt.nodes.values()
-    }
-    return Prompt(nodes, prompt.source)

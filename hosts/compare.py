@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..quantizers.errors import FileError, SpecError, WorkflowError
-from .bench_graph import SEEDS, with_format
+from .bench_graph import with_format
 from .standalone.host import StandaloneHost
 from .standalone.workflow import Prompt, apply_overrides
 
 LOADERS = ("UNETLoader", "LoadQuantized", "LoadGGUF", "LoadAndQuantize")
 FOLDER = "diffusion_models"
+SEEDS = ("seed", "noise_seed")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,20 @@ def is_quantized(path: Path) -> bool:
     return locate(path).container is Container.GGUF or bool(scan(open_model(path)).layers)
 
 
+def check_overrides(prompt: Prompt, cases: Sequence[Case], sets: Sequence[str]) -> None:
+    """Find out before any work that a run's overrides do not fit.
+
+    Raises:
+        WorkflowError: as `apply_overrides`.
+    """
+    from .. import nodes
+    from .standalone.core_nodes import CORE_NODES
+
+    classes = {**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS}
+    for case in cases:
+        apply_overrides(prompt, [*sets, *case.sets], classes)
+
+
 def render(
     prompt: Prompt,
     cases: Sequence[Case],
@@ -150,6 +165,7 @@ def render(
         (B, H, W, 3) float32, and what each image is to show.
     Raises:
         SpecError: runs whose images differ in size.
+        Interrupted: by Ctrl-C.
     """
     import torch
 

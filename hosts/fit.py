@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from ..quantizers.measure.parts import ModelPart
     from ..quantizers.plan import Slot
+
+
+EMBEDDED_FAMILY = "flux"  # the only one that `standalone.models` opens
 
 
 def device_of(host: Host) -> DeviceFacts:
@@ -38,6 +41,16 @@ def device_of(host: Host) -> DeviceFacts:
     from .standalone.offload.device import execution_device
 
     return device_facts(execution_device())
+
+
+def refusal(host: str, parts: Iterable[ModelPart]) -> str:
+    """Why a host cannot open a diffusion model, by its family; empty where it can."""
+    family = next((p.family or "unknown" for p in parts if p.role.value == "diffusion model"), EMBEDDED_FAMILY)
+    if host == "comfyui" or family == EMBEDDED_FAMILY:
+        return ""
+    return (
+        f"`quantwire run` opens models of FLUX's layout only, and this one is of the family {family}; ComfyUI runs it."
+    )
 
 
 def load_full(host: Host, path: Path) -> Any:

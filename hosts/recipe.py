@@ -49,7 +49,7 @@ def recipe_by_runs(
         QuantwireError: no model ran, one that is quantized already, or a budget that no mixture keeps to.
     """
     if not calls:
-        counted = Calls()
+        counted = Calls(host, wanted.formats, wanted.budget)
         run(counted, False)
         calls = counted.count
     if not calls:
@@ -63,7 +63,7 @@ def recipe_by_runs(
     if wanted.check and recipe.quantizes:
         check = Check(host, spread(calls, CHECK_LEVELS), check_mixtures(recipe, found))
         run(check, True)
-        recipe = checked(recipe, check.errors(), f"{check.looked} noise levels of a run with another seed")
+        recipe = checked(recipe, found, check.errors(), f"{check.looked} noise levels of a run with another seed")
     return recipe, found
 
 

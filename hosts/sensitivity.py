@@ -10,6 +10,7 @@ LoRAs, offloading and the host's own casts as well.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..quantizers.apply import planning_slots
 from ..quantizers.choices import OnQuantized
 from ..quantizers.errors import WorkflowError
-from ..quantizers.measure.recipe import Recipe, check_budget, smallest
+from ..quantizers.measure.recipe import Recipe, check_possible
 from ..quantizers.measure.sensitivity import (
     Inputs,
     Sensitivities,
@@ -41,6 +42,7 @@ from .base import Host
 from .eta import with_eta
 
 KEPT_TOKENS = 48  # inputs of a layer that are kept of each call, to measure its own error in every format
+COMPARED = 64  # values of each weight by which a model that is watched is told from another
 REPEATABLE = 0.02  # a call that is repeated may differ by so much, relative; more, and nothing can be measured
 Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a layer -> its output
 
@@ -51,24 +53,6 @@ def spread(total: int, wanted: int) -> frozenset[int]:
     return frozenset(int((i + 0.5) * total / wanted) for i in range(wanted))
 
 
-class Calls:
-    """A watcher that counts the calls of models."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def watch(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        handle = model.register_forward_hook(self._count)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.count += 1
-
-
 class Replay:
     """A watcher that calls the model again at chosen calls; what then happens is said by `look`.
 
@@ -77,12 +61,22 @@ class Replay:
         looked: how many of them there were so far.
     """
 
-    def __init__(self, host: Host, chosen: frozenset[int]) -> None:
+    def __init__(
+        self, host: Host, chosen: frozenset[int], formats: Sequence[str] | None = None, budget: int | None = None
+    ) -> None:
+        """
+        Args:
+            chosen: indices of the calls to look at.
+            formats: candidates of a recipe; default: `sensitivity.DEFAULT_FORMATS`.
+            budget: refuse a model that no mixture of them brings below it, or that needs none, before it runs.
+        """
         self.host, self.chosen = host, chosen
+        self.formats, self.budget = check_formats(formats), budget
         self.looked = 0
         self._calls = 0
         self._busy = False
-        self._model: nn.Module | None = None
+        self._first: weakref.ref[nn.Module] | None = None
+        self._marks: dict[str, Tensor] = {}
         self.units: tuple[Unit, ...] = ()
         self.slots: list[Slot] = []
 
@@ -105,18 +99,33 @@ class Replay:
         Raises:
             WorkflowError: another model than before, or one without linear layers.
             WeightError: it is quantized already.
+            SpecError: the budget is too small for any mixture, or holds the model as it is.
         """
         slots = planning_slots(model, OnQuantized.REFUSE)
-        names = [slot.meta for slot in slots]
-        if self.slots and names != [slot.meta for slot in self.slots]:
+        if self._first is not None:
+            self._require_same(model, slots)
+            return
+        units = units_of(slots)
+        if not units:
+            raise WorkflowError(f"{type(model).__name__} has no linear layer that could be quantized.")
+        if self.budget is not None:
+            check_possible(type(model).__name__, slots, units, self.formats, self.budget, measured=True)
+        self.slots, self.units = slots, units
+        self._first, self._marks = weakref.ref(model), _marks(model, units)
+
+    def _require_same(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+        """One model may be sampled with again, or have been loaded twice; one of other weights may not follow it."""
+        if self._first is not None and self._first() is model:
+            return
+        same = [slot.meta for slot in slots] == [slot.meta for slot in self.slots]
+        if same:
+            marks = _marks(model, self.units)
+            same = marks.keys() == self._marks.keys() and all(torch.equal(m, self._marks[n]) for n, m in marks.items())
+        if not same:
             raise WorkflowError(
                 "The workflow samples with two different models, and a recipe is for one.\n"
                 "Make a workflow for each of them."
             )
-        if not self.slots:
-            self.slots, self.units = slots, units_of(slots)
-        if not self.units:
-            raise WorkflowError(f"{type(model).__name__} has no linear layer that could be quantized.")
 
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._busy:
@@ -140,34 +149,30 @@ class Replay:
         raise NotImplementedError
 
 
+class Calls(Replay):
+    """A watcher that counts the calls of a model, and refuses one that could not be measured before it runs."""
+
+    def __init__(self, host: Host, formats: Sequence[str] | None = None, budget: int | None = None) -> None:
+        super().__init__(host, frozenset(), formats, budget)
+
+    @property
+    def count(self) -> int:
+        return self._calls
+
+
 class Probe(Replay):
     """Measures every unit; `result` gives the sensitivities when the run is over."""
 
     def __init__(
         self, host: Host, chosen: frozenset[int], formats: Sequence[str] | None = None, budget: int | None = None
     ) -> None:
-        """
-        Args:
-            chosen: indices of the calls to measure at.
-            formats: candidates; default: `sensitivity.DEFAULT_FORMATS`.
-            budget: refuse a model that no mixture of them brings below it before it runs.
-        """
-        super().__init__(host, chosen)
-        self.formats, self.budget = check_formats(formats), budget
+        super().__init__(host, chosen, formats, budget)
         self._probes: dict[str, str] = {}
         self._quantized: dict[str, QuantizedWeight] = {}
         self._inputs: dict[str, list[Inputs]] = {}
         self._effect2: dict[str, list[float]] = {}
         self._floor2: list[float] = []
         self._weights: dict[str, Tensor] = {}
-
-    def adopt(self, model: nn.Module) -> None:
-        first = not self.slots
-        super().adopt(model)
-        if first and self.budget is not None:
-            within = {meta.name for unit in self.units for meta in unit.metas}
-            fixed = sum(slot.meta.nbytes for slot in self.slots if slot.meta.name not in within)
-            check_budget(type(model).__name__, smallest(self.units, fixed, self.formats), self.budget, self.formats)
 
     def look(self, module: nn.Module, call: Callable[[], Tensor], exact: Tensor) -> None:
         if not self._probes:
@@ -213,9 +218,10 @@ class Probe(Replay):
             spec = QuantSpec.from_uri(target)
             quantizer = require(spec.format_id)
             w = self._weights[layer].detach()
-            q = self._quantized.get(layer)
-            if q is None:
-                q = self._quantized[layer] = quantizer.quantize(w, spec)
+            if layer not in self._quantized:
+                # Not beside the model on its device: all of them together are a fifth of its weights.
+                self._quantized[layer] = _moved(quantizer.quantize(w, spec), torch.device("cpu"))
+            q = _moved(self._quantized[layer], w.device)
             error = quantizer.dequantize(q, torch.float32) - w.to(torch.float32)
             return out + F.linear(x, error.to(x.device, x.dtype)).to(out.dtype)
 
@@ -267,7 +273,7 @@ class Check(Replay):
         for name in with_eta(self.host, list(self.mixtures), "mixtures"):
             targets = self.mixtures[name]
             changes = {
-                layer: _replaced(_weight(module, layer), targets[unit.name])
+                layer: _replaced(module, layer, targets[unit.name])
                 for unit in self.units
                 if targets.get(unit.name, KEEP) != KEEP
                 for layer in unit.layers
@@ -282,24 +288,23 @@ class Check(Replay):
         return {name: math.sqrt(sum(values) / len(values)) for name, values in self._error2.items()}
 
 
-def mixture_of(found: Sensitivities, target: str) -> dict[str, str]:
-    """Unit -> target for one format by the default rules."""
-    return {unit.name: KEEP if unit.kept else target for unit in found.units}
-
-
 def check_mixtures(recipe: Recipe, found: Sensitivities) -> dict[str, Mapping[str, str]]:
     """What a recipe is compared with: the single formats among its candidates that fit into its budget."""
-    singles = {s.format: mixture_of(found, s.format) for s in recipe.singles if s.nbytes <= recipe.budget}
+    singles = {s.format: found.mixture(s.format) for s in recipe.singles if s.nbytes <= recipe.budget}
     return {"recipe": recipe.targets, **singles}
 
 
-def _replaced(w: Tensor, target: str) -> Change:
-    """What the layer gives in a format, by its own kernel, with whatever is added to its product left as it is."""
+def _replaced(module: nn.Module, layer: str, target: str) -> Change:
+    """What the layer gives in a format, by its own kernel, with whatever is added to its product left as it is.
+
+    Quantized when the layer runs, and dropped after it: a whole mixture would lie beside the model at full precision.
+    """
     spec = QuantSpec.from_uri(target)
     quantizer = require(spec.format_id)
-    q = quantizer.quantize(w.detach(), spec)
 
     def change(x: Tensor, out: Tensor) -> Tensor:
+        w = _weight(module, layer).detach()
+        q = quantizer.quantize(w, spec)
         made = quantizer.linear(x.to(w.device), q, None).to(out.device)
         return out + (made - F.linear(x, w.to(x.device, x.dtype))).to(out.dtype)
 
@@ -321,6 +326,22 @@ def changed(module: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
             handle = module.get_submodule(name).register_forward_hook(hook(change), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _moved(q: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return q.with_tensors({name: t.to(device) for name, t in q.tensors.items()})
+
+
+def _marks(model: nn.Module, units: Sequence[Unit]) -> dict[str, Tensor]:
+    """Layer -> some values of its weight, float32 on the CPU, evenly spaced; none of weights that are not in memory."""
+    found: dict[str, Tensor] = {}
+    for layer in (layer for unit in units for layer in unit.layers):
+        w = model.get_submodule(layer).weight
+        if isinstance(w, Tensor) and not w.is_meta:
+            at = torch.linspace(0, 1, COMPARED, dtype=torch.float64)
+            rows, columns = (at * (w.shape[0] - 1)).long(), (at * 7 % 1 * w.shape[1]).long()
+            found[layer] = w.detach()[rows.to(w.device), columns.to(w.device)].to("cpu", torch.float32)
+    return found
 
 
 def _weight(module: nn.Module, layer: str) -> Tensor:

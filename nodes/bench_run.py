@@ -120,7 +120,10 @@ def run(
         course.take(candidates[turn.variant], turn)
     notes = list(course.notes)
     if order is bench.Order.INTERLEAVED and specs:
-        notes.append("All formats were in memory at once: the peaks hold each other's weights (`one by one` does not).")
+        notes.append(
+            "All formats were in memory at once: the peaks hold each other's weights, and what is reserved holds the "
+            "allocator's cache of all (`one by one` does not)."
+        )
     results = BenchmarkResults(
         title=asked.folder.rpartition("/")[2],
         host=host.name,
@@ -146,6 +149,7 @@ class _Course:
     def __init__(self, host: Host, model: Any, how: Generation, vae: Any, folder: Path, audio_seconds: float) -> None:
         self.host, self.model, self.how, self.vae, self.folder = host, model, how, vae, folder
         self.audio_seconds = audio_seconds
+        self.device = bench.device_of(host, model)
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.output: Any = None
         self.notes: list[str] = []
@@ -154,19 +158,22 @@ class _Course:
         """One run of one variant.
 
         Raises:
-            QuantwireError: the model as it is does not run; of the others it is kept as their error.
+            Exception: the model as it is does not run, or the user stopped; of the others it is kept as their error.
         """
         if candidate.error:
             return
         try:
             self._make(candidate)
             self._run(candidate, turn)
-        except QuantwireError as err:
-            if candidate.spec is None:
+        except Exception as err:  # of one format, out of memory too: what the others measured is not to be lost
+            if candidate.spec is None or bench.is_interrupt(err):
                 raise
-            candidate.error, candidate.model = str(err), None
-        if turn.last:
+            text = str(err).strip()
+            candidate.error = text if isinstance(err, QuantwireError) and text else f"{type(err).__name__}: {text}"
+        if candidate.error or turn.last:
             candidate.model = None
+        if candidate.error:  # after the handler: the traceback held the tensors of the run
+            PeakMeter(self.device).release()
 
     def _make(self, candidate: Candidate) -> None:
         if candidate.spec is not None and candidate.model is None:
@@ -176,14 +183,20 @@ class _Course:
             candidate.model, candidate.report = quantize(self.model, asked)
             self.notes += [f"{candidate.name}: {text}" for text in candidate.report.warnings]
         if not candidate.weights:
+            PeakMeter(self.device).release()  # before its first run alone: a cache is part of the speed of the others
             objects = [candidate.model, *([self.vae] if self.vae is not None else [])]
             candidate.weights = bench.weights(self.host, objects)
 
     def _run(self, candidate: Candidate, turn: bench.Turn) -> None:
         meter, clock = PeakMeter(bench.device_of(self.host, candidate.model)), bench.Clock()
+
+        def after_step() -> None:
+            meter.wait()  # a step is what the device did, and not the launch of it
+            clock.tick()
+
         meter.start()
         clock.start()
-        output = self.host.sample(candidate.model, self.how, clock.tick)
+        output = self.host.sample(candidate.model, self.how, after_step)
         if self.vae is not None:
             output = self.host.decode(self.vae, output)
         meter.wait()

@@ -37,7 +37,7 @@ class FitModel:
         name = "A file of the folder diffusion_models; a full-precision one leaves the most choice."
         vram = (
             "GiB of the device's memory that everything together may take, such as 8. 0: what the device has free for "
-            "a graph now."
+            "a graph now. More than the device has counts as what it has."
         )
         prefer = (
             "What to give up first. balanced: quality, down to formats of 4 bits, then speed. quality: speed, so that "
@@ -47,6 +47,7 @@ class FitModel:
         size = "of the images that will be made, in pixels: larger ones leave less memory for weights."
         frames = "Frames of a video; 1 for images."
         batch = "Images or videos that are made at once."
+        cfg = "That of the sampler; above 1 ComfyUI may run both prompts in one batch, which takes more memory."
         clip = "Text encoders from a CLIP loader: they are counted, and quantized where that is needed."
         config = "A mixed recipe, from FindRecipe or QuantRules: it is taken where it fits."
         cache = "Keep the quantized model on disk and take it from there next time."
@@ -66,6 +67,7 @@ class FitModel:
                 "height": ("INT", {"default": 1024, **side, "tooltip": f"Height {size}"}),
                 "frames": ("INT", {"default": 1, "min": 1, "max": 100_000, "tooltip": frames}),
                 "batch": ("INT", {"default": 1, "min": 1, "max": 4096, "tooltip": batch}),
+                "cfg": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": cfg}),
                 "config": ("QUANT_CONFIG", {"tooltip": config}),
                 "cache": ("BOOLEAN", {"default": True, "tooltip": cache}),
                 "mixed": ("BOOLEAN", {"default": False, "tooltip": mixed}),
@@ -99,6 +101,7 @@ class FitModel:
         height: int = 1024,
         frames: int = 1,
         batch: int = 1,
+        cfg: float = 1.0,
         config: QuantSpec | RuleSet | None = None,
         cache: bool = True,
         mixed: bool = False,
@@ -107,7 +110,7 @@ class FitModel:
         from .fitting import Wanted, fit_model
 
         path = current().resolve(FOLDER, model_name, SUFFIXES)
-        shape = RunShape(width, height, frames, batch)
+        shape = RunShape(width, height, frames, batch, cfg=cfg)
         wanted = Wanted(path, round(vram_gib * 2**30), shape, prefer, config, cache, mixed)
         model, clip, report = fit_model(wanted, clip)
         return with_report(report, model, clip, report)

@@ -143,7 +143,10 @@ def _parts(host: Host, wanted: Wanted) -> tuple[list[ModelPart], Callable[[Model
 def _device(host: Host, vram_nbytes: int) -> DeviceFacts:
     """The host's device, with the memory that the user gives it."""
     here = device_of(host)
-    return replace(here, free_nbytes=vram_nbytes, total_nbytes=vram_nbytes) if vram_nbytes else here
+    if not vram_nbytes:
+        return here
+    given = min(vram_nbytes, here.total_nbytes)
+    return replace(here, free_nbytes=given, total_nbytes=given)
 
 
 def _load(host: Host, wanted: Wanted, pick: Pick) -> tuple[Any, QuantReport | None]:
@@ -196,10 +199,13 @@ def _in_mode(host: Host, model: Any, clip: Any, found: Fit, report: FitReport) -
 
 
 def _told(host: Host, wanted: Wanted, found: Fit) -> Iterator[str]:
-    """Where the host does otherwise than was planned."""
+    """Where the device or the host is otherwise than was asked for."""
+    free = device_of(host).total_nbytes
+    if wanted.vram_nbytes > free:
+        asked = show_size(wanted.vram_nbytes)
+        yield f"WARNING: vram_gib asks for {asked}; {found.device.name} has {show_size(free)}, which was counted."
     if HostName(host.name) is not HostName.COMFYUI:
         return
-    free = device_of(host).total_nbytes
     if wanted.vram_nbytes and wanted.vram_nbytes < free:
         more = (free - wanted.vram_nbytes) / 2**30
         yield (

@@ -14,7 +14,8 @@ class FindRecipe:
     DESCRIPTION = (
         "Measures what quantizing each layer does to the output of a model, on your own prompt, and finds the format "
         "of each layer with which the output changes least in the bytes that you allow. The model runs once for each "
-        "layer and noise level, and the result is checked on another seed beside the single formats that fit."
+        "layer and noise level, and the result is checked on another seed beside the single formats that fit: where "
+        "one of them measures better, the recipe is that format."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("QUANT_CONFIG", "STRING", "REPORT", "IMAGE")
@@ -30,7 +31,8 @@ class FindRecipe:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         budget = (
-            "Bytes of the model's weights: 6.5GB, 6.5GiB, 700MB. The report of QuantizeModel tells those of a format."
+            "Bytes of the model's weights: 6.5GB, 6.5GiB, 700MB; a number alone is GB. It must be below the "
+            "model's own size. The report of QuantizeModel tells the bytes of a format."
         )
         formats = "Formats to choose from, one a line; empty for gguf formats of 2 to 8 bits, which one file can hold."
         check = "Measure the recipe, and the single formats that fit, in another run with another seed."
@@ -60,7 +62,7 @@ class FindRecipe:
 
         try:
             if budget is not None:  # None is a link: the text is not known yet
-                parse_size(budget)
+                parse_size(budget, "GB")
             for line in _lines(formats or ""):
                 QuantSpec.from_uri(line)
         except QuantwireError as err:
@@ -87,11 +89,10 @@ class FindRecipe:
 
         new_figure()  # minutes of measuring are not to end in a library that is missing
         host = current()
-        wanted = Wanted(parse_size(budget), tuple(_lines(formats)) or None, levels, check)
+        wanted = Wanted(parse_size(budget, "GB"), tuple(_lines(formats)) or None, levels, check)
         run = node_run(host, model, seed, steps, positive, latent)
         name = next(iter(host.components(model)))
         recipe, found = recipe_by_runs(host, run, wanted, steps, name)
-        recipe.spec()  # refuses a recipe that quantizes nothing, which QuantizeModel could not carry out
         return with_report(recipe, recipe.rule_set, recipe.rules, recipe, to_image(plot_recipe(recipe, found)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,11 +47,10 @@ def sample(model: Any, how: Generation, after_step: Callable[[], None]) -> Any:
 
 def decode(vae: Any, latent: Any) -> Any:
     """An IMAGE (B, H, W, 3), or an AUDIO: `{"waveform": (B, C, L), "sample_rate": int}`."""
-    import nodes
-
+    host: Any = importlib.import_module("nodes")  # the host's, not the pack's
     if not is_audio(vae, latent):
-        return nodes.VAEDecode().decode(vae, latent)[0]
-    return nodes.NODE_CLASS_MAPPINGS["VAEDecodeAudio"].execute(vae, latent)[0]
+        return host.VAEDecode().decode(vae, latent)[0]
+    return host.NODE_CLASS_MAPPINGS["VAEDecodeAudio"].execute(vae, latent)[0]
 
 
 def is_audio(vae: Any, latent: Any) -> bool:

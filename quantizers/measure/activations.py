@@ -66,12 +66,20 @@ class Estimate:
         error_percent: the largest deviation of the formula from what it was fitted to, either way.
         how: where the number comes from, in one line.
         exact_family: false where the nearest formula stands in for a model that was not measured.
+        formula: its name.
+        rows: of a product with a layer: tokens of the batch.
+        while_layer, while_block: share of `nbytes` that comes together with the largest layer, or block, where weights
+            are on the device only while they compute (`benchmarks/streaming.py`).
     """
 
     nbytes: int
     error_percent: float
     how: str
     exact_family: bool = True
+    formula: str = ""
+    rows: int = 1
+    while_layer: float = 1.0
+    while_block: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,13 +115,17 @@ def activations(role: Role, family: str, slots: Sequence[Slot], shape: RunShape,
         name = {Role.DIFFUSION: "any", Role.TEXT: "any text encoder", Role.VAE: "any VAE"}[role]
     formula = formulas[name]
     sizes = read_sizes(role, slots)
-    nbytes = peak(formula, variables(formula, sizes, shape, dtype_nbytes))
+    values = variables(formula, sizes, shape, dtype_nbytes)
+    nbytes = peak(formula, values)
     if known:
         how = f"formula of {formula['title']}, measured on CPU with {formula['points']} runs"
     else:
         what = f"'{family}'" if family else "an unknown model"
         how = f"{what} was not measured: from tokens and width, as of all {role.value}s that were"
-    return Estimate(round(nbytes), formula["error_percent"], how, known)
+    rows = values["text" if role is Role.TEXT else "all"]
+    shares: Mapping[str, float] = formula.get("streamed", {})
+    layer, block = shares.get("layer", 1.0), shares.get("block", 1.0)
+    return Estimate(round(nbytes), formula["error_percent"], how, known, name, round(rows), layer, block)
 
 
 def variables(
@@ -157,6 +169,13 @@ def _sum(terms: Mapping[str, float], values: Mapping[str, float]) -> float:
 def product(name: str, values: Mapping[str, float]) -> float:
     """The value of `image*width*dtype`."""
     return math.prod(values[part] for part in name.split("*")) if name != "one" else 1.0
+
+
+def is_of_images(name: str) -> bool:
+    """Whether a formula is that of a model which makes single images; False where it is not known."""
+    return (
+        name in load_formulas() and not name.startswith("any") and "temporal" not in load_formulas()[name]["geometry"]
+    )
 
 
 @cache

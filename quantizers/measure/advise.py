@@ -1,9 +1,9 @@
 """Which format for this model on this device: every format, ranked, with size, quality, product and offload verdict.
 
 The order: what fits without copying weights at every step, then what fits by copying them (who copies less is faster
-and comes first), then formats below 4 bits, then what does not fit (who needs less first), what lacks its library, and
-what the device cannot run. Among the rest, formats whose measured quality differs by less than one bit of precision
-(6 dB) count as equal, and of equals those come first that the device multiplies natively, then the better ones.
+and comes first), then formats below 4 bits, then what fits only if the activations are not larger than forecast, what
+does not fit (who needs less first), what lacks its library, and what the device cannot run. Among the rest decides the
+key of `ranking`, as in `fit`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 
 from ..auto import DeviceFacts
 from ..base import Availability
-from ..compat.modes import HostName
+from ..compat.modes import HostName, VerdictLevel
 from ..errors import SpecError
 from ..plan import QuantPlan
 from ..registry import availability, format_ids, get_entry
 from ..spec import QuantSpec
 from .activations import RunShape
-from .forecast import Forecast, forecast, on_device
+from .forecast import DOES_NOT_FIT, FITS, Forecast, ModeForecast, forecast, on_device
 from .measured import Quality, quality
-from .native import IMAGE_TOKENS, TEXT_TOKENS, Running, Runs, check_device, running
+from .native import IMAGE_TOKENS, TEXT_TOKENS, Running, Runs, check_device, device_note, running
 from .parts import ModelPart, Role
+from .ranking import FEW_BITS, bands, best_first, mode_of
 from .tiers import TIERS, Tier, with_memory
 from .units import show_size
 
 FULL = "full precision"
-ONE_BIT_DB = 20 * math.log10(2)
-FEW_BITS = 4.0  # below it a format is the last resort, as in `auto`
-COPIED_STEP, NEED_STEP = 2**28, 2**27  # bytes that are not worth worse quality
+# Formats of text encoders that are tried where those keep a better format of the model from fitting.
+ENCODER_FORMATS = ("gguf-q8-0", "gguf-q4-k")
 
 
 class Place(IntEnum):
@@ -41,9 +41,10 @@ class Place(IntEnum):
     FITS = 0
     STREAMS = 1
     FEW_BITS = 2
-    TOO_LARGE = 3
-    MISSING = 4
-    NOT_RUNNABLE = 5
+    TIGHT = 3
+    TOO_LARGE = 4
+    MISSING = 5
+    NOT_RUNNABLE = 6
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Row:
         running: None for full precision.
         forecast: with this format.
         over: bytes above the budget for these weights; 0 is within.
+        role: of the parts.
     """
 
     format_id: str
@@ -72,6 +74,7 @@ class Row:
     left: int = 0
     left_reason: str = ""
     over: int = 0
+    role: Role = Role.DIFFUSION
 
     @property
     def place(self) -> Place:
@@ -81,14 +84,26 @@ class Row:
             return Place.MISSING
         if self.over or not self.forecast.fits:
             return Place.TOO_LARGE
+        if mode_of(self.forecast) is None:
+            return Place.TIGHT
         if self.bits < FEW_BITS:
             return Place.FEW_BITS
-        best = self.forecast.best
-        return Place.STREAMS if best is not None and best.streams else Place.FITS
+        return Place.STREAMS if self.mode.streams else Place.FITS
+
+    @property
+    def mode(self) -> ModeForecast:
+        """The mode to use; where none fits the one that comes nearest."""
+        return mode_of(self.forecast) or mode_of(self.forecast, strict=False) or self.forecast.nearest
 
     @property
     def usable(self) -> bool:
-        return self.place <= Place.FEW_BITS
+        return self.place <= Place.TIGHT
+
+    @property
+    def computing_nbytes(self) -> int:
+        """The peak while the parts themselves compute; the worst moment may be that of another part."""
+        names = {h.part.name for h in self.forecast.held if h.part.role is self.role}
+        return max((s.peak for s in self.mode.stages if s.component in names), default=self.mode.peak)
 
     @property
     def native(self) -> bool:
@@ -104,17 +119,16 @@ class Row:
             return "library missing"
         if self.over:
             return f"{show_size(self.over)} over the budget"
-        streams = ", streams" if place is Place.STREAMS or (place is Place.FEW_BITS and self._streams) else ""
-        return self.forecast.verdict + streams
-
-    @property
-    def _streams(self) -> bool:
-        best = self.forecast.best
-        return best is not None and best.streams
+        mode = self.mode
+        if place is Place.TOO_LARGE:
+            return DOES_NOT_FIT
+        if mode.streams:
+            return f"{FITS} with mode {mode.mode.value}, streams {show_size(mode.streamed)} a step"
+        return FITS if mode is self.forecast.modes[0] else f"{FITS} with mode {mode.mode.value}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        best = self.forecast.best
+        fits = self.usable
         return {
             "format": self.format_id,
             "place": self.place.name.lower(),
@@ -122,7 +136,8 @@ class Row:
             "verdict": self.verdict,
             "bits": self.bits,
             "nbytes": self.nbytes,
-            "score_db": self.score_db,
+            "score_db": _finite(self.score_db),
+            "exact": self.format_id == FULL,
             "quality": self.quality.to_dict(),
             "runs": None if self.running is None else self.running.to_dict(),
             "works_here": self.state.works,
@@ -131,8 +146,12 @@ class Row:
             "version": self.state.version,
             "layers_left": self.left,
             "left_reason": self.left_reason,
-            "mode": None if best is None else best.mode.value,
-            "peak_nbytes": self.forecast.nearest.peak,
+            "mode": self.mode.mode.value if fits else None,
+            "mode_level": self.mode.level.value if fits else None,
+            "mode_cause": self.mode.cause if fits else "",
+            "peak_nbytes": self.mode.peak,
+            "computing_nbytes": self.computing_nbytes,
+            "streamed_nbytes_a_step": self.mode.streamed,
             "headline": self.forecast.headline,
         }
 
@@ -145,6 +164,7 @@ class Advice:
         targets: names of the parts that the formats are for.
         rows: best first; full precision among them.
         tiers: for each preset the row that would be best there, or None where nothing fits.
+        hint: what the text encoders keep from fitting; empty where they do not.
     """
 
     targets: tuple[str, ...]
@@ -157,6 +177,7 @@ class Advice:
     budget: int = 0
     tiers: tuple[tuple[Tier, Row | None], ...] = ()
     notes: tuple[str, ...] = ()
+    hint: str = ""
 
     @property
     def best(self) -> Row | None:
@@ -200,6 +221,7 @@ class Advice:
                 {"gigabytes": tier.gigabytes, "format": row.format_id if row else None} | _short(row)
                 for tier, row in self.tiers
             ],
+            "hint": self.hint,
             "notes": list(self.notes),
         }
 
@@ -264,6 +286,10 @@ def advise(
         if part.formats:
             was = ", ".join(part.formats)
             notes.append(f"{part.name} is quantized already ({was}); quantizing again adds to that error")
+    order = ranked(rows)
+    notes += [note for note in (device_note(device), _of_mode(order[0])) if note]
+    if role is Role.TEXT and any(row.running and row.running.activations for row in rows if row.usable):
+        notes.append("What rounded activations cost was measured on the image model alone")
     return Advice(
         tuple(p.name for p in targets),
         role,
@@ -271,60 +297,58 @@ def advise(
         device,
         host,
         shape,
-        tuple(ranked(rows)),
+        tuple(order),
         budget,
         tuple(found),
         tuple(notes),
+        check.hint(order),
     )
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:
     """Best first, as the module docstring says; formats without any measurement are the last of their place."""
-    found = sorted(rows, key=lambda row: (row.place, _cost(row), -_score(row), row.nbytes))
-    keys: dict[str, tuple[Any, ...]] = {}
-    group, head, band = None, math.nan, 0
-    for row in found:
-        score = _score(row)
-        # Nothing is as good as what loses nothing. The first of a group begins a band, whatever it is.
-        if (row.place, _cost(row)) != group or math.isinf(head) or head - score >= ONE_BIT_DB:
-            group, head, band = (row.place, _cost(row)), score, band + 1
-        keys[row.format_id] = (band, not row.native, -score, row.nbytes)
-    return sorted(found, key=lambda row: keys[row.format_id])
+    rows = list(rows)
+    found: list[Row] = []
+    for place in Place:
+        here = [row for row in rows if row.place is place]
+        band = bands(_cost(row) for row in here)
+        for number in sorted(set(band.values())):
+            found += best_first([row for row in here if band[_cost(row)] == number], _key)
+    return found
+
+
+def _key(row: Row) -> tuple[float, bool, int]:
+    return _score(row), row.native, row.nbytes
 
 
 def _cost(row: Row) -> int:
-    """What comes before quality: bytes that every step copies, and of what does not fit, the bytes that it needs; both
-    in steps that are not worth worse quality. 0 for others."""
-    best = row.forecast.best
-    if row.place is Place.TOO_LARGE:
-        return row.forecast.nearest.peak // NEED_STEP
-    return best.streamed // COPIED_STEP if row.place is Place.STREAMS and best is not None else 0
+    """What comes before quality: bytes that every step copies, and of what does not fit, the bytes that it needs."""
+    return row.mode.peak if row.place is Place.TOO_LARGE else row.mode.streamed if row.usable else 0
 
 
+@dataclass(frozen=True)
 class _Check:
     """Makes rows; the forecast of each, with everything else as it is."""
 
-    def __init__(
-        self,
-        parts: Sequence[ModelPart],
-        targets: Sequence[ModelPart],
-        device: DeviceFacts,
-        host: HostName,
-        shape: RunShape,
-        beside: Mapping[str, QuantSpec],
-        budget: int,
-        loras_nbytes: int,
-    ) -> None:
-        self.parts, self.targets, self.device = parts, targets, device
-        self.host, self.shape, self.beside = host, shape, beside
-        self.budget, self.loras_nbytes = budget, loras_nbytes
-        self.role = targets[0].role
+    parts: Sequence[ModelPart]
+    targets: Sequence[ModelPart]
+    device: DeviceFacts
+    host: HostName
+    shape: RunShape
+    beside: Mapping[str, QuantSpec]
+    budget: int
+    loras_nbytes: int
+
+    @property
+    def role(self) -> Role:
+        return self.targets[0].role
 
     def full(self) -> Row:
         """The model at full precision, whatever it is now."""
         nbytes = sum(p.full_nbytes for p in self.targets)
         found, over = self._forecast(None), self._over(nbytes)
-        return Row(FULL, 16, nbytes, Quality(FULL), math.inf, None, Availability(True), found, over=over)
+        exact = Quality(FULL), math.inf, None, Availability(True)
+        return Row(FULL, 16, nbytes, *exact, found, over=over, role=self.role)
 
     def row(self, format_id: str) -> Row:
         plans = [part.plan(QuantSpec(format_id)) for part in self.targets]
@@ -344,7 +368,40 @@ class _Check:
             left,
             reason,
             self._over(nbytes),
+            self.role,
         )
+
+    def hint(self, order: Sequence[Row]) -> str:
+        """What would be taken with smaller text encoders, where these are what keeps it from fitting."""
+        best = order[0]
+        texts = [h.part for h in best.forecast.held if h.part.role is Role.TEXT]
+        texts = [p for p in texts if not p.formats and p.name not in self.beside]
+        if self.role is Role.TEXT or not texts or (best.place is Place.FITS and best.format_id == FULL):
+            return ""
+        for format_id in ENCODER_FORMATS:
+            if not availability(format_id).works:
+                continue
+            smaller = replace(self, beside={**self.beside, **{p.name: QuantSpec(format_id) for p in texts}})
+            found = smaller.better(order)
+            if found is not None:
+                names = ", ".join(p.name for p in texts)
+                return (
+                    f"Text encoders ({names}) are what takes the room: with them in {format_id} (--text-format, or "
+                    f"Quantize Text Encoder) {found.format_id} {found.verdict}; `quantwire fit` chooses their formats "
+                    "too"
+                )
+        return ""
+
+    def better(self, order: Sequence[Row]) -> Row | None:
+        """The best of the rows which comes before the first of an order once it is forecast here."""
+        best = order[0]
+        wanted = [row for row in order if Place.FITS < row.place <= Place.TOO_LARGE and not row.over]
+        wanted = [row for row in wanted if row.bits >= FEW_BITS and row.nbytes <= row.forecast.room]
+        for row in best_first(wanted, _key):
+            found = replace(row, forecast=self._forecast(None if row.format_id == FULL else row.format_id))
+            if found.place is Place.FITS and ranked([best, found])[0] is found:
+                return found
+        return None
 
     def again(self, row: Row, device: DeviceFacts) -> Row:
         """A row on the same kind of device with other memory."""
@@ -379,4 +436,17 @@ def _score(row: Row) -> float:
 def _short(row: Row | None) -> dict[str, Any]:
     if row is None:
         return {}
-    return {"nbytes": row.nbytes, "verdict": row.verdict, "score_db": row.score_db}
+    return {"nbytes": row.nbytes, "verdict": row.verdict, "score_db": _finite(row.score_db)}
+
+
+def _finite(score: float | None) -> float | None:
+    """JSON has no infinity."""
+    return None if score is None or math.isinf(score) else score
+
+
+def _of_mode(row: Row) -> str:
+    """What to know of the offload mode of the first row."""
+    mode = row.mode
+    if not row.usable or mode.level is VerdictLevel.OK:
+        return ""
+    return f"WARNING: mode {mode.mode.value} ({mode.level.value}): {mode.cause}"

@@ -12,6 +12,7 @@ _LOOKS = {
     Place.FITS: (GOOD, "fits"),
     Place.STREAMS: (WARN, "fits by copying weights"),
     Place.FEW_BITS: (COLOURS[5], "fits, below 4 bits"),
+    Place.TIGHT: (COLOURS[3], "fits, if the activations are no larger"),
     Place.TOO_LARGE: (BAD, "does not fit"),
     Place.MISSING: (COLOURS[4], "library missing"),
     Place.NOT_RUNNABLE: (COLOURS[7], "not runnable here"),

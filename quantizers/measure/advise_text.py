@@ -15,13 +15,15 @@ _SECTIONS = {
     Place.FITS: "Fits, and stays on the device",
     Place.STREAMS: "Fits by copying weights at every step, which is slow",
     Place.FEW_BITS: "Fits, below 4 bits: the last resort",
+    Place.TIGHT: "Fits only if the activations are not larger than forecast",
     Place.TOO_LARGE: "Does not fit",
 }
 
 
 def text(advice: Advice, limit: int = 0) -> str:
     """At most 120 columns, verdict first; at most `limit` formats of the best place, 0 being all."""
-    lines = [*_wrapped(headline(advice)), *_table(advice, limit), *_missing(advice), *_not_runnable(advice)]
+    hint = _wrapped(advice.hint) if advice.hint else []
+    lines = [*_wrapped(headline(advice)), *hint, *_table(advice, limit), *_missing(advice), *_not_runnable(advice)]
     return "\n".join([*lines, *_tiers(advice), *_reading(advice, limit)])
 
 
@@ -59,13 +61,14 @@ def _quality(row: Row, role: Role) -> str:
 
 
 def _peak(row: Row) -> int:
-    return row.forecast.nearest.peak
+    return row.mode.peak
 
 
 def _table(advice: Advice, limit: int) -> Iterator[str]:
     text_model = advice.role is Role.TEXT
     seen = "cos. error" if text_model else "PSNR"
-    yield f"{'':3} {'format':23}{'weights':>10}{'peak':>11}{seen:>11}{'SQNR':>6}{'score':>7}  {'runs':12} offload"
+    computing = "encoding" if text_model else "sampling"  # the peak then: that of the whole run may be of another part
+    yield f"{'':3} {'format':23}{'weights':>10}{computing:>11}{seen:>11}{'SQNR':>6}{'score':>7}  {'runs':12} offload"
     number, most = 0, limit
     for place, title in _SECTIONS.items():
         rows = [row for row in advice.rows if row.place is place]
@@ -93,8 +96,15 @@ def _line(row: Row, number: int, text_model: bool) -> str:
     runs = "16 bits" if row.running is None else row.running.level.value
     left = f"; {row.left} layers stay" if row.left else ""
     unmeasured = "" if exact or q.measured else "; never measured"
-    head = f"{number or '':>3} {row.format_id:23}{show_size(row.nbytes):>10}{show_size(_peak(row)):>11}"
-    return f"{head}{seen:>11}{sqnr:>6}{score:>7}  {runs:12} {row.verdict}{left}{unmeasured}"[:COLUMNS]
+    head = f"{number or '':>3} {row.format_id:23}{show_size(row.nbytes):>10}{show_size(row.computing_nbytes):>11}"
+    return f"{head}{seen:>11}{sqnr:>6}{score:>7}  {runs:12} {_offload(row)}{left}{unmeasured}"[:COLUMNS]
+
+
+def _offload(row: Row) -> str:
+    """The verdict, shorter where the section says the rest."""
+    if not row.usable or not row.mode.streams:
+        return row.verdict
+    return f"{row.mode.mode.value}, {show_size(row.mode.streamed)} a step"
 
 
 def _missing(advice: Advice) -> Iterator[str]:

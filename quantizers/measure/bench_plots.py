@@ -6,12 +6,13 @@ Figures are small with large letters, so that they stay readable at the width of
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .plots import COLOURS, new_figure, to_image
-from .results import BenchmarkResults, Variant, show_number
+from .results import BenchmarkResults, Variant, show_number, show_peak
 from .units import show_size
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.5, 3.5  # inches: letters of 10 points are as large on a phone
 DPI = 200  # of images of a graph
 MIB = 2**20
+_NAME, _GAP = 18, 7  # letters of a name in a line, points between a bar and its label
 _MOST_LINES = 12  # of layer errors in one plot
 
 
@@ -42,7 +44,9 @@ def plots(results: BenchmarkResults, theme: Theme) -> dict[str, Any]:
     if not results.done:
         return {}
     found: dict[str, Callable[[BenchmarkResults, Theme], Any]] = {"Time": time_plot}
-    if sum(_quality(v) is not None for v in results.done) and all(v.memory.weights_total for v in results.done):
+    if any(_quality(results, v) is not None for v in results.done) and all(
+        v.memory.weights_total for v in results.done
+    ):
         found = {"Size against quality": size_plot, **found}
     if any(v.memory.weights_total for v in results.done):
         found["Memory"] = memory_plot
@@ -73,12 +77,16 @@ def quality_name(results: BenchmarkResults) -> str:
     compared = [v.difference for v in results.done if v.difference]
     if not compared:
         return "SQNR of the weights (dB)"
-    of = compared[0].of
-    return "PSNR of the image (dB)" if of == "image" else f"SNR of the {of} (dB)"
+    of, base = compared[0].of, results.quantized_base
+    against = f"\nagainst {base}, quantized itself" if base else ""
+    return ("PSNR of the image (dB)" if of == "image" else f"SNR of the {of} (dB)") + against
 
 
-def _quality(v: Variant) -> float | None:
-    if v.difference is not None:
+def _quality(results: BenchmarkResults, v: Variant) -> float | None:
+    """Height of a point, the same quantity for all: of the outputs, or of the weights where no output was compared."""
+    if any(other.difference for other in results.done):
+        if v.difference is None:
+            return None
         return v.difference.psnr_db if v.difference.of == "image" else v.difference.snr_db
     rated = [layer.sqnr_db for layer in v.layers if layer.sqnr_db is not None]
     return sum(rated) / len(rated) if rated else None
@@ -106,11 +114,14 @@ def _colour(index: int) -> str:
 
 
 def size_plot(results: BenchmarkResults, theme: Theme) -> Any:
-    """Weights against quality; a variant that equals the first one has no finite ratio and is a dashed line."""
+    """Weights against quality; the reference, and what equals it, has no finite ratio and is a dashed line."""
     figure, axes = _axes(theme, "weights (MiB)", quality_name(results))
     points: list[tuple[str, float, float]] = []
+    compared = any(v.difference for v in results.done)
     for i, v in enumerate(results.done):
-        size, quality = (v.memory.weights_total or 0) / MIB, _quality(v)
+        size, quality = (v.memory.weights_total or 0) / MIB, _quality(results, v)
+        if quality is None and compared and v.difference is None and v is not results.base:
+            continue  # it has an output of another size, or nan: neither good nor equal
         if quality is None:
             axes.axvline(size, color=_colour(i), linestyle="--", linewidth=1.5)
             axes.annotate(
@@ -149,7 +160,9 @@ def _label(figure: Any, axes: Any, points: list[tuple[str, float, float]], theme
 
 def _bars(results: BenchmarkResults, theme: Theme, xlabel: str) -> tuple[Any, Any]:
     figure, axes = _axes(theme, xlabel, "")
-    names = [v.name for v in results.done]
+    names = [textwrap.fill(v.name, _NAME) for v in results.done]
+    lines = sum(max(2, name.count("\n") + 1) for name in names)
+    figure.set_size_inches(WIDTH, max(HEIGHT, 1 + 0.21 * lines))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -161,36 +174,52 @@ def _bars(results: BenchmarkResults, theme: Theme, xlabel: str) -> tuple[Any, An
 def time_plot(results: BenchmarkResults, theme: Theme) -> Any:
     """Median of each, with a line from the fastest to the slowest run."""
     figure, axes = _bars(results, theme, "seconds (median, fastest, slowest)")
+    labels: list[tuple[float, Any]] = []
     for i, v in enumerate(results.done):
         assert v.generation is not None
         low, high = min(v.generation.samples), max(v.generation.samples)
         axes.barh(i, v.generation.median, height=0.6, color=_colour(i))
         axes.plot([low, high], [i, i], color=theme.text, linewidth=1.5, marker="|", markersize=8)
-        step = f", {show_number(v.step.median)} a step" if v.step else ""
-        axes.annotate(
-            f"{show_number(v.generation.median)} s{step}", (high, i), xytext=(7, 0), textcoords="offset points",
-            va="center", fontsize=10, color=theme.text,
-        )  # fmt: skip
-    axes.set_xlim(0, 1.65 * max(max(v.generation.samples) for v in results.done if v.generation))
+        step = f"\n{show_number(v.step.median)} a step" if v.step else ""
+        labels.append((high, _at_end(axes, f"{show_number(v.generation.median)} s{step}", high, i, theme)))
+    _make_room(figure, axes, labels)
     return figure
 
 
+def _at_end(axes: Any, text: str, x: float, y: float, theme: Theme) -> Any:
+    return axes.annotate(
+        text, (x, y), xytext=(_GAP, 0), textcoords="offset points", va="center", fontsize=10, color=theme.text
+    )
+
+
+def _make_room(figure: Any, axes: Any, labels: list[tuple[float, Any]]) -> None:
+    """Set the end of the horizontal axis so that no label behind a bar is cut off at the edge."""
+    axes.set_xlim(0, max(x for x, _ in labels) or 1)
+    for _ in range(2):  # letters on the axis change with its end, and its width with them
+        figure.draw_without_rendering()  # widths are known after the layout only
+        width = axes.bbox.width
+        points = figure.dpi / 72
+        ends = [
+            x * width / max(width - text.get_window_extent().width - 2 * _GAP * points, 0.15 * width)
+            for x, text in labels
+        ]
+        axes.set_xlim(0, max(ends) or 1)
+
+
 def memory_plot(results: BenchmarkResults, theme: Theme) -> Any:
-    """Weights, and the peak behind them where it was measured."""
-    peaks = any(v.memory.peak_allocated for v in results.done)
+    """Weights, and the peak behind them where it was measured, without what the process held before the model."""
+    peaks = any(v.memory.own_peak for v in results.done)
     figure, axes = _bars(results, theme, "MiB: weights" + (" (full), peak (light)" if peaks else ""))
-    most = 0.0
+    labels: list[tuple[float, Any]] = []
     for i, v in enumerate(results.done):
-        weights, peak = (v.memory.weights_total or 0) / MIB, (v.memory.peak_allocated or 0) / MIB
+        weights, peak = (v.memory.weights_total or 0) / MIB, (v.memory.own_peak or 0) / MIB
         axes.barh(i, peak, height=0.6, color=_colour(i), alpha=0.35)
         axes.barh(i, weights, height=0.6, color=_colour(i))
-        said = [show_size(b) for b in (v.memory.weights_total, v.memory.peak_allocated) if b]
-        axes.annotate(
-            " / ".join(said), (max(weights, peak), i), xytext=(7, 0), textcoords="offset points", va="center",
-            fontsize=10, color=theme.text,
-        )  # fmt: skip
-        most = max(most, weights, peak)
-    axes.set_xlim(0, 1.75 * most)
+        said = [show_size(v.memory.weights_total)] if v.memory.weights_total else []
+        said += [f"peak {show_peak(v.memory)}"] if v.memory.own_peak is not None else []
+        end = max(weights, peak)
+        labels.append((end, _at_end(axes, "\n".join(said), end, i, theme)))
+    _make_room(figure, axes, labels)
     return figure
 
 

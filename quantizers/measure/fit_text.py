@@ -40,7 +40,7 @@ def _verdict(found: Fit) -> str:
     shape, d = found.shape, found.device
     video = f", {shape.frames} frames" if shape.frames > 1 else ""
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
-    at = f"{shape.width}x{shape.height}{video}{batch}"
+    at = f"{shape.width}x{shape.height}{video}{batch}, cfg {shape.cfg:g}"
     where = f"{d.name}, {show_size(d.total_nbytes)}"
     return f"{called(model)} ({mode}) for {model.part.source} at {at} on {where}"
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..auto import DeviceFacts
-from ..auto import candidates as usual_formats
-from ..compat.modes import HostName, OffloadMode
+from ..compat.modes import HostName, VerdictLevel
 from ..errors import SpecError
 from ..formats import BACKENDS
 from ..registry import availability, format_ids, get_entry
@@ -23,23 +22,22 @@ from ..rules import KEEP, RuleSet
 from ..spec import QuantSpec
 from .activations import RunShape
 from .assumed import with_assumed
-from .fit import EQUAL, Candidate, Choice, Outcome, Prefer, choose
+from .fit import Candidate, Choice, Outcome, Prefer, choose
 from .fit_text import text_of
-from .forecast import Forecast, ModeForecast, forecast
+from .forecast import Forecast, forecast
 from .measured import quality
-from .native import IMAGE_TOKENS, TEXT_TOKENS, Runs, running
+from .native import IMAGE_TOKENS, TEXT_TOKENS, Runs, device_note, running
 from .parts import ModelPart, Role
+from .ranking import ONE_BIT_DB, mode_of
 from .recipe import find_recipe
 from .sensitivity import Sensitivities
 from .units import show_size
+from .usual import usual_cfg
 
 # Import names of packages that are not called as their package is.
 _MODULES = {"optimum-quanto": "optimum.quanto", "libggml-python": "libggml", "comfy-kitchen": "comfy_kitchen"}
-# sdnq tells sizes only after an import of up to 18 s, and GGUF has a format of no more bits that loses less for each.
-SLOW = ("sdnq",)
-# Where it is multiplied natively activations are rounded to 4 bits too, which the stored measurements, taken with the
-# weights alone, do not have; and elsewhere other formats of 4 bits lose less.
-ROUNDS_INPUTS = ("comfy-w4a4-convrot",)
+SLOW = ("sdnq",)  # tells sizes only after an import of up to 18 s
+EQUAL = 10 ** (ONE_BIT_DB / 20)
 RECIPE, MIXED = "linked recipe", "mixed recipe"
 TRIES = 4
 
@@ -76,6 +74,8 @@ class Fit:
             "mode": outcome.mode,
             "setting": dict(outcome.setting),
             "streams": outcome.streams,
+            "streamed_nbytes_a_step": outcome.streamed,
+            "why": outcome.why,
             "expected_peak_nbytes": outcome.peak_nbytes,
             "picks": [pick.to_dict() for pick in self.choice.picks],
             "from_full_precision": [pick.to_dict() for pick in self.full.picks] if self.full else None,
@@ -144,20 +144,18 @@ def candidates(part: ModelPart, device: DeviceFacts, host: HostName, dropped: It
     if part.formats or part.role not in (Role.DIFFUSION, Role.TEXT):
         return found
     tokens = TEXT_TOKENS if part.role is Role.TEXT else IMAGE_TOKENS
-    usual = usual_formats(device)
     for format_id in format_ids():
-        loss = quality(format_id).loss(part.role)
-        if loss is None or format_id in (*ROUNDS_INPUTS, *dropped) or get_entry(format_id).backend in SLOW:
-            continue
-        if not _installed(format_id):
+        if format_id in dropped or not quality(format_id).measured or not _installed(format_id):
             continue
         how = running(format_id, device, host, tokens)
-        if how.level is Runs.NOT:
+        loss = quality(format_id).loss(part.role, how.activations)
+        if how.level is Runs.NOT or loss is None:
             continue
-        spec = QuantSpec(format_id)
-        native = how.level is Runs.NATIVE
+        entry, native = get_entry(format_id), how.level is Runs.NATIVE
         note = f"{quality(format_id)}; {how}"
-        found.append(Candidate(spec, loss, get_entry(format_id).bits, native, format_id in usual, note))
+        if how.activations and part.role is Role.TEXT:
+            note += "; what rounded activations cost was measured on the image model"
+        found.append(Candidate(QuantSpec(format_id), loss, entry.bits, native, entry.backend in SLOW, note))
     return found
 
 
@@ -223,7 +221,7 @@ class _Job:
         def trial(specs: Mapping[str, QuantSpec]) -> Outcome:
             return outcome_of(self.forecast(parts, specs), strict)
 
-        return choose(parts, ways, trial, prefer, self.device.total_nbytes)
+        return choose(parts, ways, trial, prefer, self.device.total_nbytes, self.device.kind)
 
     def forecast(self, parts: Sequence[ModelPart], specs: Mapping[str, QuantSpec]) -> Forecast:
         return forecast(parts, specs, self.shape, self.device, self.host, self.loras_nbytes, assume=False)
@@ -233,6 +231,9 @@ class _Job:
         if model.formats:
             return None, f"The linked recipe was not taken: {model.name} is quantized already."
         spec = config if isinstance(config, QuantSpec) else QuantSpec(_first_format(config), rules=config.rules)
+        for format_id in model.plan(spec).format_ids:
+            if why := self._refusal(format_id):
+                return None, f"The linked recipe was not taken: {format_id} {why}"
         ways = {p.name: candidates(p, self.device, self.host) for p in self.parts}
         ways[model.name] = [Candidate(spec, 1.0, native=False, note="chosen by who linked it", label=RECIPE)]
         try:
@@ -242,6 +243,14 @@ class _Job:
         if chosen.outcome.streams and self.prefer is not Prefer.QUALITY:
             return None, "The linked recipe was not taken: its weights would be streamed at every step."
         return chosen, ""
+
+    def _refusal(self, format_id: str) -> str:
+        """Why a format that somebody asks for does not run here, and what to do; empty where it does."""
+        how = running(format_id, self.device, self.host)
+        if how.level is Runs.NOT:
+            return f"does not run on {self.device.name}: {how.why}. Take one that does; `quantwire advise` lists them."
+        state = availability(format_id)
+        return "" if state.works else f"does not work here: {state.reason} {state.remedy}".rstrip()
 
     def mixed(self, chosen: Choice, sensitivities: Callable[[ModelPart, str], Sensitivities]) -> tuple[Choice, str]:
         """The choice with a mixture of formats for the diffusion model where that loses less, and what to say of it.
@@ -283,8 +292,22 @@ class _Job:
 
     def fit(self, chosen: Choice, warnings: Sequence[str], notes: Sequence[str], full: Choice | None = None) -> Fit:
         found = self.forecast(self.parts, chosen.specs())
-        said = (w for w in warnings if w)
+        said = [w for w in warnings if w]
+        mode = next(m for m in found.modes if m.mode.value == chosen.outcome.mode)
+        if mode.level is not VerdictLevel.OK:
+            said.append(f"mode {mode.mode.value} ({mode.level.value}): {mode.cause}")
+        notes = [*notes, *(note for note in (device_note(self.device), self._of_cfg()) if note)]
         return Fit(self.device, self.host, self.shape, chosen, found, self.prefer, full, tuple(said), tuple(notes))
+
+    def _of_cfg(self) -> str:
+        """Told where guidance takes more than was counted."""
+        family = next((p.family for p in self.parts if p.role is Role.DIFFUSION), "")
+        if self.host is HostName.STANDALONE or self.shape.cfg > 1 or usual_cfg(family) <= 1:
+            return ""
+        return (
+            f"counted with cfg {self.shape.cfg:g}, though {family} is usually sampled with {usual_cfg(family):g}, "
+            "where ComfyUI may run both prompts at once, which takes more memory: give the cfg of the sampler"
+        )
 
 
 def outcome_of(found: Forecast, strict: bool) -> Outcome:
@@ -293,8 +316,7 @@ def outcome_of(found: Forecast, strict: bool) -> Outcome:
     Args:
         strict: the peak must fit with the error of its activations on top.
     """
-    ok = [m for m in found.modes if m.fits and (not strict or _surely(m) <= found.room)]
-    best = next((m for m in ok if not m.streams), ok[0] if ok else None)
+    best = mode_of(found, strict)
     shown = best or found.nearest
     return Outcome(
         best is not None,
@@ -304,14 +326,8 @@ def outcome_of(found: Forecast, strict: bool) -> Outcome:
         shown.worst.name,
         shown.cause,
         {"group_level": "block"} if shown.mode.value == "group" else {},
+        shown.streamed,
     )
-
-
-def _surely(mode: ModeForecast) -> float:
-    """Bytes with the error of the activations on top. Where ComfyUI copies weights it fills what is free with them, and
-    makes room for what the activations are."""
-    adapts = mode.mode in (OffloadMode.DYNAMIC, OffloadMode.PARTIAL)
-    return max(s.peak + (0 if adapts and s.streamed else s.activations * s.error_percent / 100) for s in mode.stages)
 
 
 def _formats(chosen: Choice) -> list[str]:

@@ -16,7 +16,7 @@ from ..compat.matrix import answer
 from ..compat.modes import Carrier, HostName, OffloadMode, VerdictLevel
 from ..errors import SpecError
 from ..spec import QuantSpec
-from .activations import RunShape
+from .activations import RunShape, is_of_images
 from .assumed import with_assumed
 from .parts import ModelPart, Role
 from .stages import SHARED, STAGES, Held, Setting, Stage, hold, stages
@@ -36,6 +36,7 @@ _MODES: Mapping[HostName, tuple[OffloadMode, ...]] = {
 }
 _FILLING = (OffloadMode.DYNAMIC, OffloadMode.PARTIAL)
 CLIP_TOKENS = 77
+_UNCOUNTED = (Role.CONTROLNET,)
 BATCH_ROOM = 1.5  # ComfyUI runs both prompts at once where 1.5 times what that takes is free (comfy/samplers.py)
 DYNAMIC_KINDS = ("cuda", "rocm")  # where ComfyUI has dynamic VRAM
 # Of each mode, how the embedded host and the nodes carry it out by default.
@@ -240,8 +241,13 @@ def forecast(
     Raises:
         SpecError: no component, a format for a part that is not there, or a pattern that matches no layer.
     """
-    loras_nbytes += sum(p.held_nbytes for p in parts if p.role is Role.LORA)
+    loras = [p for p in parts if p.role is Role.LORA]
+    loras_nbytes += sum(p.held_nbytes for p in loras)
     parts = [p for p in parts if p.role is not Role.LORA]
+    if loras and not parts:
+        raise SpecError(
+            f"{loras[0].source} is a LoRA, which runs on a model.\nGive the model's file, and this one as its LoRA."
+        )
     notes = list(notes)
     if assume:
         parts, said = with_assumed(parts)
@@ -258,12 +264,17 @@ def forecast(
         return tuple(hold(p, specs.get(p.name), shape, host, loras_nbytes, dtype_nbytes) for p in parts)
 
     held = held_for(run)
+    notes += [
+        f"{p.name}: activations of a ControlNet are not known here: not counted" for p in parts if p.role in _UNCOUNTED
+    ]
+    if shape.frames > 1 and any(h.part.role is Role.DIFFUSION and is_of_images(h.run.formula) for h in held):
+        notes.append(f"frames: this is a model of images, so {shape.frames} frames count as so many images at once")
     batched = max((h.run.nbytes for h in held if h.part.role is Role.DIFFUSION), default=0)
     if run.cfg > 1 and batched * BATCH_ROOM > device.usable_nbytes:
         held = held_for(replace(run, cfg=1.0))
         notes.append("prompt and negative prompt run one after the other: ComfyUI has no room for both at once")
     own = device.kind not in SHARED if own_memory is None else own_memory
-    setting = Setting(host, device.kind, device.usable_nbytes, device.free_nbytes, own)
+    setting = Setting(host, device.kind, device.usable_nbytes, device.free_nbytes, own, device.capability)
     modes = tuple(_mode(mode, held, specs, setting, carrier) for mode in modes_of(host, device.kind, own))
     worst = min((m.worst for m in modes), key=lambda s: s.peak)
     if host is HostName.COMFYUI and worst.name == STAGES[2] and worst.peak > setting.room:
@@ -280,7 +291,7 @@ def on_device(found: Forecast, device: DeviceFacts, specs: Mapping[str, QuantSpe
         specs: those that it was made with; the carrier is quantwire.
     """
     own = device.kind not in SHARED
-    setting = Setting(found.host, device.kind, device.usable_nbytes, device.free_nbytes, own)
+    setting = Setting(found.host, device.kind, device.usable_nbytes, device.free_nbytes, own, device.capability)
     kinds = modes_of(found.host, device.kind, own)
     modes = tuple(_mode(mode, found.held, specs, setting, Carrier.QUANTWIRE) for mode in kinds)
     return replace(found, device=device, modes=modes, room=setting.room)

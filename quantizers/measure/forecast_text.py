@@ -35,13 +35,13 @@ def _what(h: Held) -> str:
 
 def _modes(found: Forecast) -> Iterator[str]:
     heads = ("weights", "unpacked", "LoRAs", "activations", "peak")
-    yield f"{'Mode':12}{'stage':15}" + "".join(f"{h:>12}" for h in heads) + "  verdict"
+    yield f"{'Mode':12}{'stage':15}" + "".join(f" {h:>11}" for h in heads) + "  verdict"
     for mode in found.modes:
         for index, s in enumerate(mode.stages):
             sizes = (s.weights, s.buffer, s.loras, s.activations, s.peak)
             said = _said(found, mode) if index == 0 else ""
             name = mode.mode.value if index == 0 else ""
-            yield f"{name:12}{s.name:15}" + "".join(f"{show_size(n):>12}" for n in sizes) + f"  {said}"
+            yield f"{name:12}{s.name:15}" + "".join(f" {show_size(n):>11}" for n in sizes) + f"  {said}"
 
 
 def _said(found: Forecast, mode: ModeForecast) -> str:

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from . import bench_plots
 from .bench_plots import DARK, LIGHT, to_svg
-from .results import CONFIG, RESULTS, BenchmarkResults, LayerError, Variant, show_number, verdict
+from .results import (
+    CONFIG,
+    RESULTS,
+    BenchmarkResults,
+    LayerError,
+    Variant,
+    against_quantized,
+    peak_notes,
+    show_number,
+    show_peak,
+    verdict,
+)
 from .units import show_size
 
 WORST = 12  # layers in the table of a variant
@@ -35,7 +46,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th, td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; white-space: normal; }
-tbody th { color: var(--text); } .numbers + .plots { margin-top: 1rem; }
+thead th { white-space: normal; } tbody th { color: var(--text); } .numbers + .plots { margin-top: 1rem; }
+p + .numbers { margin-top: .5rem; }
 .plots, .samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; }
@@ -91,8 +103,9 @@ def _failures(variants: Iterable[Variant]) -> str:
     return "".join(f"<p class='bad'><b>{escape(v.name)}</b> failed: {escape(v.error)}</p>" for v in variants if v.error)
 
 
-def _cells(v: Variant) -> dict[str, str]:
-    """Column -> text; empty where there is no number."""
+def _cells(v: Variant, of: str) -> dict[str, str]:
+    """Column -> text; empty where there is no number. `of` is the reference where it is quantized itself."""
+    against = f" to {of}" if of else ""
     m, d = v.memory, v.difference
     return {
         "generation (s)": show_number(v.generation.median) if v.generation else "",
@@ -101,16 +114,17 @@ def _cells(v: Variant) -> dict[str, str]:
         "load (s)": show_number(v.load_s) if v.load_s is not None else "",
         "quantize (s)": show_number(v.quantize_s) if v.quantize_s is not None else "",
         "weights": show_size(m.weights_total) if m.weights_total else "",
-        "peak": show_size(m.peak_allocated) if m.peak_allocated else "",
+        "peak": show_peak(m),
         "reserved": show_size(m.peak_reserved) if m.peak_reserved else "",
-        "PSNR (dB)": f"{d.psnr_db:.1f}" if d and d.psnr_db is not None else "",
-        "difference": ("none" if not d.relative_error else f"{100 * d.relative_error:.3g} %") if d else "",
+        f"PSNR{against} (dB)": f"{d.psnr_db:.1f}" if d and d.psnr_db is not None else "",
+        f"difference{against}": ("none" if not d.relative_error else f"{100 * d.relative_error:.3g} %") if d else "",
         "x real time": show_number(v.real_time_factor) if v.real_time_factor is not None else "",
     }
 
 
 def _table(results: BenchmarkResults) -> str:
-    rows = [(v.name, _cells(v)) for v in results.done]
+    of = results.quantized_base
+    rows = [(v.name, _cells(v, of)) for v in results.done]
     if not rows:
         return ""
     columns = [name for name in rows[0][1] if any(cells[name] for _, cells in rows)]
@@ -124,7 +138,9 @@ def _table(results: BenchmarkResults) -> str:
         + "</tr>"
         for name, cells in rows
     )
-    return f"<table class='cards numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    said = [*([against_quantized(of)] if of else []), *peak_notes(results)]
+    notes = "".join(f"<p class='soft'>{escape(text)}</p>" for text in said)
+    return f"{notes}<table class='cards numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _pictures(results: BenchmarkResults) -> Iterable[str]:

@@ -11,6 +11,7 @@ changes no value.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import SpecError
@@ -28,6 +30,9 @@ from .sides import Side, Weight, file_sides, module_side
 Progress = Callable[[Sequence[Any], int], Iterable[Any]]
 SHOWN = 12
 PAD = 32  # the largest multiple that a format pads to
+APART = 0.3  # noise over signal: 2 bits leave 0.1 at worst, weights trained apart give 2
+FEW = 8  # biases and norms, of fewer nothing is concluded
+_BLOCK = re.compile(r"^(?:.*?\.)?[^.]+\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class LayerDifference:
         sqnr_db: None where there is no finite ratio: not one value differs, or one is nan or inf.
         max_error: largest |a - b|; None where it is not finite.
         relative_max: that, as a share of the largest |a|.
-        signal, noise: sum a^2 and sum (a - b)^2; None where not finite.
+        signal, noise: sum a^2, of finite values, and sum (a - b)^2; None where that is not finite.
         not_finite: values of the other model that are nan or inf.
         not_finite_reference: the same of the reference.
     """
@@ -51,7 +56,7 @@ class LayerDifference:
     sqnr_db: float | None
     max_error: float | None
     relative_max: float | None
-    signal: float | None
+    signal: float
     noise: float | None
     not_finite: int = 0
     not_finite_reference: int = 0
@@ -62,15 +67,22 @@ class LayerDifference:
 
     @property
     def broken(self) -> bool:
-        """Whether a layer of zeros would be nearer to the reference."""
-        if self.not_finite or self.noise is None:
+        """Whether a layer of zeros would be nearer to the reference, or values are nan or inf that are finite there."""
+        if self.identical:
+            return False
+        if self.infected:
             return True
-        return bool(self.signal) and self.noise > (self.signal or 0.0)
+        return self.noise is not None and 0 < self.signal < self.noise
+
+    @property
+    def infected(self) -> bool:
+        """Whether values are nan or inf that are finite in the reference."""
+        return self.not_finite > self.not_finite_reference
 
     @property
     def rank(self) -> float:
         """Sorts the worst layers first."""
-        if self.noise is None or self.not_finite:
+        if self.noise is None:
             return -math.inf
         return math.inf if self.sqnr_db is None else self.sqnr_db
 
@@ -101,27 +113,49 @@ class LayersCompared:
 
     @property
     def broken(self) -> tuple[LayerDifference, ...]:
-        return tuple(layer for layer in self.layers if layer.broken)
+        """Layers that are no version of the reference's; of models that are not related, those with nan or inf."""
+        bad = tuple(layer for layer in self.layers if layer.broken)
+        return tuple(layer for layer in bad if layer.infected) if self.unrelated else bad
+
+    @property
+    def unrelated(self) -> str:
+        """Why both are not versions of one model; empty where they may be."""
+        matrices = [layer for layer in self.layers if len(layer.shape) > 1]
+        vectors = [layer for layer in self.layers if len(layer.shape) == 1]
+        far = [sum(x.noise is not None and x.noise > x.signal * APART for x in part) for part in (matrices, vectors)]
+        if sum(far) > len(self.layers) / 4:  # other input channels or fewer blocks alone make a version
+            if self.other_shapes:
+                return f"{len(self.other_shapes)} tensors have other shapes, first '{self.other_shapes[0]}'"
+            both = _blocks(tuple(layer.name for layer in self.layers))
+            for label, names in ((self.a, self.only_a), (self.b, self.only_b)):
+                if alone := [block for block in _blocks(names) if block not in both]:
+                    return f"only {label} has {_some(alone, 2)}"
+        # Quantizing leaves biases and norms alone, rightly or wrongly done. Models trained apart share nothing.
+        if len(vectors) >= FEW and far[0] > len(matrices) / 2 and far[1] > len(vectors) / 2:
+            return f"{far[0]} of {len(matrices)} matrices and {far[1]} of {len(vectors)} biases and norms are others"
+        return ""
 
     @property
     def sqnr_db(self) -> float | None:
         """Of all tensors that differ, together; None where none does, or a value is not finite."""
         changed = self.changed
-        if any(layer.noise is None or layer.signal is None for layer in changed):
+        if any(layer.noise is None for layer in changed):
             return None
-        return ratio_db(sum(x.signal or 0.0 for x in changed), sum(x.noise or 0.0 for x in changed))
+        return ratio_db(sum(x.signal for x in changed), sum(x.noise or 0.0 for x in changed))
 
     @property
     def verdict(self) -> str:
         """One line: identical, different by how much, or broken."""
         if self.broken:
             worst = self.broken[0]
-            bad = sum(1 for layer in self.broken if layer.not_finite)
+            bad = sum(layer.infected for layer in self.broken)
             parts = [f"{bad} with nan or inf"] if bad else []
             parts += [f"{len(self.broken) - bad} farther off than zeros"] if len(self.broken) > bad else []
             return (
                 f"broken: {len(self.broken)} of {len(self.layers)} tensors ({', '.join(parts)}), first '{worst.name}'"
             )
+        if self.unrelated:
+            return f"not versions of one model: {self.unrelated}"
         if not self.changed:
             return f"identical: all {len(self.layers)} tensors hold the same values"
         worst = self.layers[0]
@@ -130,7 +164,8 @@ class LayersCompared:
         return f"{len(self.changed)} of {len(self.layers)} tensors differ{together}{low}"
 
     def to_dict(self) -> dict[str, Any]:
-        head = {"verdict": self.verdict, "sqnr_db": self.sqnr_db, "changed": len(self.changed)}
+        head: dict[str, Any] = {"verdict": self.verdict, "sqnr_db": self.sqnr_db, "changed": len(self.changed)}
+        head["unrelated"] = self.unrelated or None
         return {**head, "broken": [layer.name for layer in self.broken], **asdict(self)}
 
     def __str__(self) -> str:
@@ -235,22 +270,28 @@ def _compare(name: str, a: Weight, b: Weight) -> LayerDifference:
         rows_a, rows_b = read_a(start, stop)[:, :k], read_b(start, stop)[:, :k]
         if not rows_a.numel():
             continue
-        difference = rows_a - rows_b
-        # float32 within a block, float64 over blocks.
-        part = float(difference.square().sum())
-        signal += float(rows_a.square().sum())
-        noise += part
-        if not math.isfinite(part):
-            bad_a += int((~rows_a.isfinite()).sum())
-            bad_b += int((~rows_b.isfinite()).sum())
-        largest = max(largest, float(rows_a.abs().max()))
+        exact = rows_a.nan_to_num(0.0, 0.0, 0.0).double()
+        signal += float(exact.square().sum())  # squares of float32's largest, as masks have it, need float64
+        largest = max(largest, float(exact.abs().max()))
+        bad_a += int((~rows_a.isfinite()).sum())
+        bad_b += int((~rows_b.isfinite()).sum())
+        if torch.equal(rows_a, rows_b):
+            continue
+        same = (rows_a == rows_b) | (rows_a.isnan() & rows_b.isnan())  # inf - inf is nan
+        difference = (rows_a.double() - rows_b).masked_fill_(same, 0.0)
+        noise += float(difference.square().sum())
         error = max(error, float(difference.abs().max()))
-    finite = math.isfinite(signal) and math.isfinite(noise)
+    finite = math.isfinite(noise)
     return LayerDifference(
         name, shape, a.stored, b.stored, ratio_db(signal, noise) if finite else None,
         error if finite else None, error / largest if finite and largest else None,
-        signal if math.isfinite(signal) else None, noise if finite else None, bad_b, bad_a,
+        signal, noise if finite else None, bad_b, bad_a,
     )  # fmt: skip
+
+
+def _blocks(names: Sequence[str]) -> tuple[str, ...]:
+    """`double_blocks.3` and the like, that names begin with, in their order."""
+    return tuple(dict.fromkeys(match[0] for name in names if (match := _BLOCK.match(name))))
 
 
 def _line(layer: LayerDifference) -> str:

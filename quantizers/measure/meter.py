@@ -7,6 +7,7 @@ back to what is held now (`echo 5 > /proc/self/clear_refs`), other systems tell 
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class PeakMeter:
             module.reset_peak_memory_stats(self.device)
         elif self.device.type == "cpu":
             self._reset = _reset_mark()
+
+    def release(self) -> None:
+        """Give the device what PyTorch keeps of freed tensors, or it counts as reserved of what runs next."""
+        gc.collect()
+        module = _module(self.device)
+        if module is not None:
+            module.synchronize()
+            module.empty_cache()
 
     def wait(self) -> None:
         """Until the device has done what it was told."""

@@ -22,6 +22,8 @@ from ..registry import get_entry
 KINDS = ("cuda", "rocm", "xpu", "mps", "cpu")
 IMAGE_TOKENS = 4096  # of a picture of 1024 x 1024 in most models: rows of a product in one step
 TEXT_TOKENS = 256  # of a text encoder
+FIRST_CAPABILITY, LAST_CAPABILITY = 5, 12  # Maxwell, the first of torch's builds, to Blackwell
+BFLOAT16_CAPABILITY = (8, 0)
 _DEVICE = re.compile(r"cuda:(\d{1,2})\.(\d)")
 
 
@@ -56,6 +58,11 @@ class Running:
     source: str
     measured: bool
     activations: str = ""
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the buffer holds a tile of the weight at a time, not all of it."""
+        return self.buffer and self.product.endswith("expand in blocks, F.linear")
 
     def __str__(self) -> str:
         return f"{self.level.value}: {self.product} ({self.why})" if self.product else f"{self.level.value}: {self.why}"
@@ -102,6 +109,17 @@ def check_device(device: DeviceFacts) -> None:
         raise SpecError("A CUDA device needs its compute capability.\nWrite it as cuda:8.6; `nvidia-smi` tells it.")
 
 
+def device_note(device: DeviceFacts) -> str:
+    """What to know of a device whatever the format; empty where nothing."""
+    if device.kind != "cuda" or device.capability is None or device.capability >= BFLOAT16_CAPABILITY:
+        return ""
+    major, minor = device.capability
+    return (
+        f"Compute capability {major}.{minor} does not multiply in bfloat16, which came with 8.0: torch emulates it, "
+        "and ComfyUI takes float16 or float32 instead"
+    )
+
+
 def parse_device(text: str, memory_nbytes: int) -> DeviceFacts:
     """A device by its kind, such as `cuda:8.6`, `rocm`, `mps` or `cpu`, with all of its memory free.
 
@@ -112,6 +130,12 @@ def parse_device(text: str, memory_nbytes: int) -> DeviceFacts:
     match = _DEVICE.fullmatch(word)
     if match is not None:
         major, minor = int(match[1]), int(match[2])
+        if not FIRST_CAPABILITY <= major <= LAST_CAPABILITY:
+            raise SpecError(
+                f"'{text}': no GPU that is known here has this compute capability.\n"
+                f"They go from {FIRST_CAPABILITY}.0 to {LAST_CAPABILITY}.9; `nvidia-smi --query-gpu=compute_cap` tells "
+                "it."
+            )
         return DeviceFacts("cuda", f"CUDA {major}.{minor}", memory_nbytes, memory_nbytes, (major, minor))
     if word in KINDS and word != "cuda":
         names = {"cpu": "CPU", "mps": "Apple GPU", "rocm": "AMD GPU", "xpu": "Intel GPU"}

@@ -115,8 +115,8 @@ _HOSTS_OWN = (
         activations="int8",
     ),
     Rule(
-        _COMFY_INT8, _NATIVE, "int8 x int8, comfy-kitchen int8_linear",
-        "matrix cores of RDNA 3 and 4; other AMD GPUs take torch._int_mm",
+        _COMFY_INT8, _UNKNOWN, "int8 x int8, comfy-kitchen int8_linear",
+        "native on RDNA 3 and 4; whether torch._int_mm, which other AMD GPUs take, runs was not read",
         "comfy_kitchen/backends/hip/__init__.py:209, :3032", ("rocm",), host=_COMFYUI, activations="int8",
     ),
     Rule(
@@ -141,8 +141,8 @@ _HOSTS_OWN = (
         ("cuda",), (7, 5), host=_COMFYUI, activations="int4",
     ),
     Rule(
-        ("comfy-w4a4-convrot",), _NATIVE, _W4A4, "matrix cores of RDNA 3 and 4; other AMD GPUs multiply in floating "
-        "point", "comfy_kitchen/backends/hip/__init__.py:209, :3122", ("rocm",), host=_COMFYUI, activations="int4",
+        ("comfy-w4a4-convrot",), _UNKNOWN, _W4A4, "native on RDNA 3 and 4; other AMD GPUs multiply in floating point",
+        "comfy_kitchen/backends/hip/__init__.py:209, :3122", ("rocm",), host=_COMFYUI, activations="int4",
     ),
     Rule(
         ("comfy-w4a4-convrot",), _EMULATED, "unpack both sides, matmul",
@@ -155,7 +155,8 @@ _HOSTS_OWN = (
         activations="int8",
     ),
     Rule(
-        ("comfy-w4a8",), _NATIVE, _W4A8, "matrix cores of RDNA 3 and 4; other AMD GPUs take torch._int_mm",
+        ("comfy-w4a8",), _UNKNOWN, _W4A8,
+        "native on RDNA 3 and 4; whether torch._int_mm, which other AMD GPUs take, runs was not read",
         "comfy_kitchen/backends/hip/__init__.py:209, :3090", ("rocm",), host=_COMFYUI, activations="int8",
     ),
     Rule(
@@ -204,8 +205,12 @@ _OTHERS = (
     ),
     Rule(
         ("torchao-int8dyn",), _NATIVE, _INT8_MM, "int8 tensor cores; activations are rounded row by row",
-        f"quantizers/kernels/int8.py: refusal; {_NATIVE_FUNCTIONS}:4108", _GPUS, (7, 5), more_than=16,
+        f"quantizers/kernels/int8.py: refusal; {_NATIVE_FUNCTIONS}:4108", ("cuda",), (7, 5), more_than=16,
         activations="int8",
+    ),
+    Rule(
+        ("torchao-int8dyn",), _UNKNOWN, _INT8_MM, "it runs on AMD GPUs whose hipBLASLt has it; which was not read",
+        f"quantizers/kernels/int8.py: refusal; {_NATIVE_FUNCTIONS}:4108", ("rocm",), more_than=16, activations="int8",
     ),
     Rule(
         ("torchao-int8dyn",), _UNKNOWN, _INT8_MM, "below compute capability 7.5 there are no int8 tensor cores, and "

@@ -7,17 +7,25 @@ Four verdicts, the first that fits:
     noise   against a reference from the same seed (full precision, as a rule):
                 roughness = mean |dy/dx| + mean |dy/dy|, over the standard deviation of the luminosity y
                 contrast  = that standard deviation
-                score     = roughness ratio / min(contrast ratio, 1)  >  NOISE_SCORE
-            Broken weights leave edges everywhere and structure nowhere, or fade out: more edges for less contrast.
-            What a good format changes moves edges, and leaves their number and the contrast as they were.
-    noise   without a reference, for images of at least 256 x 256:
+                score     = roughness ratio / min(contrast ratio, 1)
+                likeness  = correlation of the means of 8 x 8 squares with the reference's
+                evidence  = ln(score) (1 - likeness)  >  NOISE_EVIDENCE
+            Broken weights leave edges everywhere, or fade out, where nothing is left of the reference's composition.
+            A blurred, sharpened or faded picture has the composition still; a good one of another composition has as
+            many edges, if it shows the same subject.
+    changed the evidence is there, or the score alone is above CHANGED_SCORE, and the picture may be a good one:
+            images of at least 256 x 256 are noise only when structure is missing as well:
                 structure = correlation of neighbours among the means of 16 x 16 squares  <  NOISE_STRUCTURE
             A denoiser that fails hands out its noisy latents. Their decoded texture is smooth within a latent's 8
             pixels, and white beyond: its power spectrum is flat below 1/16 cycles a pixel, where pictures have most of
             their power.
+    not known   there is no reference, or the image is small and its reference unlike those that were measured.
 
-`benchmarks/noise.py` measures all of it: thresholds stand half way (of the logarithm) between the worst good and the
-best broken run of one set of runs, and are then held to another set, of other formats, mistakes, prompts and seeds.
+`benchmarks/noise.py` measures it. The evidence is of grey digits of 64 to 128 pixels: the threshold stands half way (of
+the logarithm) between the worst good and the best broken run of one set of runs, and is then held to another set, of
+other formats, mistakes, prompts and seeds. So smaller images are judged beside references like those only. The
+structure is of two photographs in pieces, and of noise decoded by one VAE: a broken model whose images have structure
+is called changed, not noise.
 """
 
 from __future__ import annotations
@@ -34,8 +42,11 @@ from torch import Tensor
 from .images import check_pairs, luminosity
 
 FLAT = 2 / 255
-NOISE_SCORE = 1.2
+NOISE_EVIDENCE = 0.07
+CHANGED_SCORE = 1.2
 NOISE_STRUCTURE = 0.5
+# Of the digits, with a margin: at most 0.20 and 0.006, at least 0.28.
+MEASURED_ROUGHNESS, MEASURED_COLOUR, MEASURED_CONTRAST = 0.25, 0.02, 0.2
 SQUARE = 16  # pixels: twice the 8 of a latent, whose decoders blur into the next one
 SQUARES = 16  # a side, at least: of fewer a correlation is known to no better than 0.1
 
@@ -47,6 +58,7 @@ class Kind(str, Enum):
     NAN = "nan"
     FLAT = "flat"
     NOISE = "noise"
+    CHANGED = "changed"
     UNKNOWN = "not known"
 
 
@@ -58,8 +70,9 @@ class ImageVerdict:
         score: against the reference; None without one, and where the image or the reference is nan or flat.
         roughness, contrast: ratios to the reference; None as `score`.
         structure: -1 to 1; None for small images, nan and flat.
-        likeness: correlation of the means of 8 x 8 squares with the reference's, -1 to 1: low for another picture,
-            which is none of the verdicts, since a changed composition is no fault. None as `score`.
+        likeness: correlation of the means of 8 x 8 squares with the reference's, -1 to 1: low for another picture.
+            None as `score`.
+        evidence: of noise; None as `score`.
     """
 
     kind: Kind
@@ -69,6 +82,7 @@ class ImageVerdict:
     contrast: float | None = None
     structure: float | None = None
     likeness: float | None = None
+    evidence: float | None = None
 
     @property
     def broken(self) -> bool:
@@ -101,6 +115,9 @@ class NoiseVerdict:
         if not self.known:
             first = next(image for image in self.images if image.kind is Kind.UNKNOWN)
             return f"not known for {count[Kind.UNKNOWN]} of {len(self.images)} images: {first.why}"
+        if count[Kind.CHANGED]:
+            first = next(image for image in self.images if image.kind is Kind.CHANGED)
+            return f"no noise, {count[Kind.CHANGED]} of {len(self.images)} images changed much: {first.why}"
         return f"no noise: {self.images[0].why}" if len(self.images) == 1 else f"no noise in {len(self.images)} images"
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +127,7 @@ class NoiseVerdict:
         return self.verdict
 
 
-_FINE = (Kind.PICTURE, Kind.UNKNOWN)
+_FINE = (Kind.PICTURE, Kind.CHANGED, Kind.UNKNOWN)
 
 
 def judge(images: Tensor, reference: Tensor | None = None) -> NoiseVerdict:
@@ -118,8 +135,7 @@ def judge(images: Tensor, reference: Tensor | None = None) -> NoiseVerdict:
 
     Args:
         images: (B, H, W, 3) float in [0, 1], any device.
-        reference: of the same shape, from the same seeds; None judges each image by itself, which small images do not
-            allow.
+        reference: of the same shape, from the same prompts and seeds; without it only nan and flat images are known.
     Raises:
         SpecError: other shapes.
     """
@@ -147,27 +163,43 @@ def _judge(image: Tensor, reference: Tensor | None) -> ImageVerdict:
     deviation = float(y.std(correction=0))
     if deviation < FLAT:
         return ImageVerdict(Kind.FLAT, f"flat: luminosity {float(y.mean()):.3f} with a deviation of {deviation:.4f}")
-    structure = _structure(y)
-    other = None if reference is None else luminosity(reference.detach().to("cpu").float().clamp(0, 1))
-    if other is not None and bool(other.isfinite().all()) and float(other.std(correction=0)) >= FLAT:
-        return _against(y, other, structure)
-    if structure is None:
-        small = f"{y.shape[1]} x {y.shape[0]} is too small to tell noise without a reference"
-        return ImageVerdict(Kind.UNKNOWN, small)
-    why = f"structure {structure:.2f}, noise is below {NOISE_STRUCTURE:g}"
-    return ImageVerdict(Kind.NOISE if structure < NOISE_STRUCTURE else Kind.PICTURE, why, structure=structure)
+    if reference is None:
+        return ImageVerdict(Kind.UNKNOWN, "noise is told beside a reference only", structure=_structure(y))
+    other = reference.detach().to("cpu").float().clamp(0, 1)
+    if not bool(other.isfinite().all()) or float(luminosity(other).std(correction=0)) < FLAT:
+        return ImageVerdict(Kind.UNKNOWN, "the reference itself is nan or flat", structure=_structure(y))
+    return _against(y, other)
 
 
-def _against(y: Tensor, other: Tensor, structure: float | None) -> ImageVerdict:
+def _against(y: Tensor, reference: Tensor) -> ImageVerdict:
+    other = luminosity(reference)
     contrast = float(y.std(correction=0)) / float(other.std(correction=0))
     roughness = _roughness(y) / max(_roughness(other), 1e-6)
     score = roughness / min(contrast, 1.0)
-    why = (
-        f"{roughness:.2f} times the edges at {contrast:.2f} times the contrast of the reference: score {score:.2f}, "
-        f"noise is above {NOISE_SCORE:g}"
-    )
-    kind = Kind.NOISE if score > NOISE_SCORE else Kind.PICTURE
-    return ImageVerdict(kind, why, score, roughness, contrast, structure, _correlation(_means(y, 8), _means(other, 8)))
+    likeness = _correlation(_means(y, 8), _means(other, 8))
+    evidence = math.log(max(score, 1e-6)) * (1 - likeness)
+    structure = _structure(y)
+    what = f"{roughness:.2f} times the edges at {contrast:.2f} times the contrast, likeness {likeness:.2f}"
+    told = f"{what}: evidence {evidence:.2f}, noise is above {NOISE_EVIDENCE:g}"
+    if evidence > NOISE_EVIDENCE and structure is None and not _measured(reference):
+        kind, told = Kind.UNKNOWN, f"{what}; thresholds for less than 256 x 256 are known of smooth grey pictures only"
+    elif evidence > NOISE_EVIDENCE and structure is not None and structure >= NOISE_STRUCTURE:
+        kind, told = Kind.CHANGED, f"{what}; structure {structure:.2f}, noise is below {NOISE_STRUCTURE:g}"
+    elif evidence > NOISE_EVIDENCE:
+        kind = Kind.NOISE
+    elif score > CHANGED_SCORE:
+        kind, told = Kind.CHANGED, f"{'faded, ' if contrast < 1 / CHANGED_SCORE else ''}{what}"
+    else:
+        kind = Kind.PICTURE
+    return ImageVerdict(kind, told, score, roughness, contrast, structure, likeness, evidence)
+
+
+def _measured(reference: Tensor) -> bool:
+    """Whether a small reference is like those that were measured: smooth, grey and full of contrast."""
+    y = luminosity(reference)
+    colour = float((reference.amax(-1) - reference.amin(-1)).mean())
+    like = colour <= MEASURED_COLOUR and float(y.std(correction=0)) >= MEASURED_CONTRAST
+    return like and _roughness(y) <= MEASURED_ROUGHNESS
 
 
 def _roughness(y: Tensor) -> float:

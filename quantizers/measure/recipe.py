@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import SpecError
+from ..plan import Slot
 from ..rules import KEEP, Rule, RuleSet, parse_rules
 from ..spec import QuantSpec
 from .knapsack import knapsack
@@ -41,7 +42,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A format for every layer of one component.
+    """A format for every layer of one component; where no mixture measured better, the same for all of them.
 
     Attributes:
         part: its name.
@@ -57,6 +58,7 @@ class Recipe:
         singles: the single formats among the candidates that hold every layer.
         exact: whether no other choice can have a smaller predicted error; else it is at most `gap` of it away.
         how: what it rests on.
+        single: the format that measured better than the mixture, and took its place; empty for a mixture.
     """
 
     part: str
@@ -74,6 +76,7 @@ class Recipe:
     measured_error: float | None = None
     singles: tuple[Single, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    single: str = ""
 
     @property
     def parsed(self) -> tuple[Rule, ...]:
@@ -102,10 +105,7 @@ class Recipe:
         """
         found = [target for target, _ in self.formats.most_common() if target != KEEP]
         if not found:
-            raise SpecError(
-                f"{self.part}: fits into {show_size(self.budget)} at full precision, so no layer is quantized.\n"
-                "Use the model as it is, or give a smaller budget."
-            )
+            raise _needless(self.part, self.full_nbytes, self.budget)
         return replace(QuantSpec.from_uri(found[0]), rules=self.parsed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +121,7 @@ class Recipe:
             "how": self.how,
             "exact": self.exact,
             "gap": self.gap,
+            "single": self.single,
             "targets": dict(self.targets),
             "rules": self.rules.splitlines(),
             "singles": [single.to_dict() for single in self.singles],
@@ -152,11 +153,33 @@ def _got(error: float | None) -> str:
     return "" if error is None else f", {100 * error:.2f} % measured"
 
 
-def smallest(found: Iterable[Unit], fixed_nbytes: int, formats: Iterable[str]) -> int:
-    """Bytes of the smallest mixture of formats, told from shapes alone."""
-    targets = (KEEP, *formats)
-    sizes = [[n for t in targets if (n := unit.nbytes(t)) is not None] for unit in found]
-    return fixed_nbytes + sum(min(row) for row in sizes)
+def check_possible(
+    part: str, slots: Sequence[Slot], units: Iterable[Unit], formats: Sequence[str], budget: int, measured: bool
+) -> None:
+    """See before anything is measured that a budget needs a recipe, and that a mixture keeps to it.
+
+    Args:
+        measured: whether effects on the output will be; else units that stay by default take what they have.
+    Raises:
+        SpecError: the model fits as it is, or no mixture of the formats is so small.
+    """
+    units = tuple(units)
+    within = {meta.name for unit in units for meta in unit.metas}
+    full = sum(slot.meta.nbytes for slot in slots)
+    if budget >= full:
+        raise _needless(part, full, budget)
+    least = sum(slot.meta.nbytes for slot in slots if slot.meta.name not in within)
+    for unit in units:
+        targets = formats if measured or not unit.kept else ()
+        least += min(n for t in (KEEP, *targets) if (n := unit.nbytes(t)) is not None)
+    check_budget(part, least, budget, formats)
+
+
+def _needless(part: str, full_nbytes: int, budget: int) -> SpecError:
+    return SpecError(
+        f"{part}: takes {show_size(full_nbytes)} at full precision, which fits into the budget of {show_size(budget)}, "
+        "so no layer would be quantized.\nUse the model as it is, or give a smaller budget."
+    )
 
 
 def check_budget(part: str, least: int, budget: int, formats: Iterable[str]) -> None:
@@ -168,25 +191,40 @@ def check_budget(part: str, least: int, budget: int, formats: Iterable[str]) -> 
         )
 
 
-def checked(recipe: Recipe, errors: Mapping[str, float], on: str) -> Recipe:
-    """The recipe with measured errors, and a note where one of the single formats was as good.
+def checked(recipe: Recipe, found: Sensitivities, errors: Mapping[str, float], on: str) -> Recipe:
+    """The recipe with measured errors; where a single format that fits measured better, that format in its place.
 
     Args:
+        found: what the recipe was made of.
         errors: relative errors of the whole model: of `recipe`, and by format.
         on: what they were measured on, for people.
     """
     mine = errors["recipe"]
     singles = tuple(replace(s, measured_error=errors.get(s.format)) for s in recipe.singles)
-    notes = [f"measured on {on}"]
-    better = [s for s in singles if s.measured_error is not None and s.measured_error < mine]
-    if better:
-        best = min(better, key=lambda s: s.measured_error or 0.0)
-        alone = f"{best.format} alone ({show_size(best.nbytes)})"
-        notes.append(
-            f"NOTE: {alone} measured {100 * (best.measured_error or 0.0):.2f} %, "
-            f"less than the recipe's {100 * mine:.2f} %: use it, or measure more noise levels"
-        )
-    return replace(recipe, measured_error=mine, singles=singles, notes=(*recipe.notes, *notes))
+    recipe = replace(recipe, measured_error=mine, singles=singles, notes=(*recipe.notes, f"measured on {on}"))
+    rivals = [(s.measured_error, s) for s in singles if s.measured_error is not None and s.nbytes <= recipe.budget]
+    error, best = min(rivals, key=lambda pair: pair[0], default=(mine, None))
+    if best is None or error >= mine:
+        return recipe
+    targets = found.mixture(best.format)
+    least = recipe.predicted_error * (1 - recipe.gap)
+    gap = max(0.0, 1 - least / best.predicted_error) if best.predicted_error else 0.0
+    said = (
+        f"NOTE: {best.format} alone measured {100 * error:.2f} %, less than the mixture's {100 * mine:.2f} %: "
+        "the recipe is that format"
+    )
+    return replace(
+        recipe,
+        single=best.format,
+        targets=targets,
+        rules=rules_text(targets, {unit.name: unit.layers for unit in found.units}),
+        nbytes=best.nbytes,
+        predicted_error=best.predicted_error,
+        measured_error=error,
+        exact=gap == 0.0,
+        gap=gap,
+        notes=(*recipe.notes, said),
+    )
 
 
 def find_recipe(found: Sensitivities, budget: int, formats: Iterable[str] | None = None) -> Recipe:

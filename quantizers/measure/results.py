@@ -64,6 +64,13 @@ class Memory:
     method: str = ""
 
     @property
+    def own_peak(self) -> int | None:
+        """The peak without what the process held before the model, where that is counted in it."""
+        if self.peak_allocated is None or self.before is None:
+            return self.peak_allocated
+        return max(0, self.peak_allocated - self.before)
+
+    @property
     def weights_total(self) -> int | None:
         return sum(self.weights.values()) if self.weights else None
 
@@ -101,10 +108,10 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Difference:
-    """An output against the first variant's of the same seed.
+    """An output against that of the reference of the same seed.
 
     Attributes:
-        relative_error: norm of the difference over the norm of the first.
+        relative_error: norm of the difference over the norm of the reference.
         psnr_db: of images in [0, 1]; None for other outputs, and for equal images.
         of: `image`, `latent` or `audio`.
     """
@@ -130,7 +137,7 @@ class Variant:
         step: one denoising step; None where no step was seen.
         load_s: from the files to the models, once.
         quantize_s: of the quantization, once.
-        difference: from the first variant; None for the first, and where there is no output to compare.
+        difference: from the reference; None for the reference, and where there is no output to compare.
         audio_s: length of the audio that a generation makes.
         sample: name of the file beside the results that holds an output of the first measured run.
         config: decisions by tensor, for `quantization_config.json`.
@@ -193,7 +200,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """A whole benchmark; the first variant is what the others are compared with.
+    """A whole benchmark.
 
     Attributes:
         title: what was run.
@@ -203,6 +210,7 @@ class BenchmarkResults:
         versions: of the packages that took part.
         started: date and time, ISO 8601 with zone.
         notes: what a reader of the numbers must know.
+        reference: name of the variant that the others are compared with; empty for the first that ran.
     """
 
     title: str
@@ -213,6 +221,21 @@ class BenchmarkResults:
     started: str
     variants: tuple[Variant, ...]
     notes: tuple[str, ...] = ()
+    reference: str = ""
+
+    @property
+    def base(self) -> Variant | None:
+        """What the others are compared with; None where nothing ran."""
+        done = self.done
+        return next((v for v in done if v.name == self.reference), done[0] if done else None)
+
+    @property
+    def quantized_base(self) -> str:
+        """Name of the reference where others are compared with it and it is quantized itself; else empty."""
+        base = self.base
+        if base is None or base.name == FULL or not any(v.difference for v in self.done):
+            return ""
+        return base.name
 
     @property
     def done(self) -> tuple[Variant, ...]:
@@ -229,6 +252,7 @@ class BenchmarkResults:
             "versions": dict(self.versions),
             "started": self.started,
             "notes": list(self.notes),
+            "reference": self.base.name if self.base else "",
             "variants": [v.to_dict() for v in self.variants],
         }
 
@@ -243,7 +267,7 @@ class BenchmarkResults:
             raise FileError(f"No benchmark results of version {VERSION}: version is {data.get('version')!r}.")
         variants = tuple(Variant.from_dict(v) for v in data["variants"])
         head = {k: data[k] for k in ("title", "host", "device", "settings", "versions", "started")}
-        return cls(**head, variants=variants, notes=tuple(data["notes"]))
+        return cls(**head, variants=variants, notes=tuple(data["notes"]), reference=data["reference"])
 
     def config_dict(self) -> dict[str, Any]:
         """`quantization_config.json`: how to quantize each variant again, and what became of each tensor."""
@@ -251,7 +275,9 @@ class BenchmarkResults:
         return {"version": VERSION, "title": self.title, "versions": dict(self.versions), "variants": made}
 
     def __str__(self) -> str:
-        rows = [_HEADS, *(_row(v) for v in self.done)]
+        of = self.quantized_base
+        heads = tuple(f"{head}*" if of and head in _COMPARED else head for head in _HEADS)
+        rows = [heads, *(_row(v) for v in self.done)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
         used = [i for i in range(len(_HEADS)) if i == 0 or any(row[i] != "-" for row in rows[1:])]
         lines = _wrapped([verdict(self)])
@@ -259,19 +285,41 @@ class BenchmarkResults:
             cells = [row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used]
             lines.append("  ".join(cells).rstrip())
         failed = [f"FAILED: {v.name}: {' '.join(v.error.split())}" for v in self.variants if v.error]
-        return "\n".join([*lines, *_wrapped([*failed, *self.notes])])
+        star = [f"* {against_quantized(of)}"] if of else []
+        return "\n".join([*lines, *_wrapped([*star, *failed, *peak_notes(self), *self.notes])])
+
+
+def against_quantized(name: str) -> str:
+    """What to know of differences from something that is quantized itself."""
+    return f"Against {name}, which is quantized itself: a larger number is nearer to it, and not better than it."
+
+
+def peak_notes(results: BenchmarkResults) -> list[str]:
+    """What a `+` in front of a peak says, where there is one."""
+    before = [v.memory.before for v in results.done if v.memory.before is not None]
+    if not before:
+        return []
+    return [f"Peaks with a + are over the {show_size(max(before))} that a process held before it loaded a model."]
+
+
+def show_peak(memory: Memory) -> str:
+    """The peak; over what the process held before the model where that is known."""
+    if memory.own_peak is None:
+        return ""
+    return f"{'+' if memory.before is not None else ''}{show_size(memory.own_peak)}"
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
     return [line for text in texts for line in textwrap.wrap(text, WIDTH, break_long_words=False)]
 
 
+_COMPARED = ("PSNR dB", "SNR dB")
 _HEADS = ("format", "s", "s/step", "load s", "quantize s", "weights", "peak", "PSNR dB", "SNR dB", "x real time")
 
 
 def _row(v: Variant) -> tuple[str, ...]:
     assert v.generation is not None
-    peak, psnr = v.memory.peak_allocated, v.difference.psnr_db if v.difference else None
+    psnr = v.difference.psnr_db if v.difference else None
     snr = v.difference.snr_db if v.difference else None
     return (
         v.name,
@@ -280,7 +328,7 @@ def _row(v: Variant) -> tuple[str, ...]:
         show_number(v.load_s),
         show_number(v.quantize_s),
         show_size(v.memory.weights_total) if v.memory.weights_total else "-",
-        show_size(peak) if peak else "-",
+        show_peak(v.memory) or "-",
         f"{psnr:.1f}" if psnr is not None else "-",
         f"{snr:.1f}" if snr is not None else "-",
         show_number(v.real_time_factor),
@@ -297,10 +345,9 @@ def show_number(value: float | None) -> str:
 
 def verdict(results: BenchmarkResults) -> str:
     """The answer in a sentence: which variant is the fastest, and against what."""
-    done = results.done
-    if not done:
+    done, first = results.done, results.base
+    if first is None:
         return "Nothing ran."
-    first = done[0]
     assert first.generation is not None
     if len(done) == 1:
         step = f", {show_number(first.step.median)} s a step" if first.step else ""
@@ -308,7 +355,7 @@ def verdict(results: BenchmarkResults) -> str:
         audio = f", {show_number(factor)} times as long as the audio plays" if factor is not None else ""
         return f"{first.name}: {show_number(first.generation.median)} s a generation{step}{audio}."
     fastest = min(done, key=lambda v: v.generation.median if v.generation else math.inf)
-    others = [_against(v, first) for v in done[1:]]
+    others = [_against(v, first) for v in done if v is not first]
     return f"Fastest: {fastest.name}. Against {first.name}: {'; '.join(others)}."
 
 

@@ -123,11 +123,15 @@ class Sensitivities:
 
     def single(self, target: str) -> Effect | None:
         """The whole part in one format by the default rules; None where the format cannot hold all of it."""
-        picks = {u.name: self.effects[u.name].get(KEEP if u.kept else target) for u in self.units}
+        picks = {name: self.effects[name].get(t) for name, t in self.mixture(target).items()}
         found = [e for e in picks.values() if e is not None]
         if len(found) < len(picks):
             return None
         return Effect(self.fixed_nbytes + sum(e.nbytes for e in found), sum(e.error2 for e in found))
+
+    def mixture(self, target: str) -> dict[str, str]:
+        """Unit -> target for one format by the default rules."""
+        return {unit.name: KEEP if unit.kept else target for unit in self.units}
 
     def ranked(self) -> list[tuple[str, float]]:
         """(unit, gain), what matters most first."""
@@ -325,9 +329,14 @@ def of_file(path: Path) -> tuple[ModelPart, Callable[[str], Tensor]]:
 
     Raises:
         FileError: it cannot be read, or holds no model.
-        SpecError: it is quantized already.
+        SpecError: it is quantized already, or a LoRA.
     """
     parts = parts_of_file(path)
+    if all(p.role is Role.LORA for p in parts):
+        raise SpecError(
+            f"{path.name} is a LoRA, which changes a model and is not quantized by itself.\n"
+            "Give the file of the model that it is for."
+        )
     part = next((p for p in parts if p.role is Role.DIFFUSION), parts[0])
     _refuse_quantized(part)
     found = scan(open_model(path if path.is_dir() else model_of(path)))

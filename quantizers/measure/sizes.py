@@ -53,7 +53,7 @@ _TEXT_MLP = (
 _TEXT_HEADS = ((r"(^|\.)(relative_attention_bias|attn_rel_b)\.weight$", 1),)
 _VAE_WIDTH = (
     (r"(^|\.)decoder\.(conv_out(\.conv)?|head\.2)\.weight$", 1),
-    (r"^((taesd_)?decoder\.)?(layers\.)?(0|1)\.weight$", 0),
+    (r"^(\w+\.)?((taesd_)?decoder\.)?(layers\.)?(0|1)\.weight$", 0),
 )
 
 
@@ -102,7 +102,7 @@ def _text(family: str, names: _Names) -> str:
 
 
 def _vae(names: _Names, slots: Sequence[Slot]) -> str:
-    if names.have(r"^taesd_decoder\.|^(decoder\.)?layers\.\d+\."):
+    if names.have(r"(^|\.)taesd_decoder\.|^(vae\.)?(decoder\.)?layers\.\d+\."):
         return "taesd"
     if names.have(r"(^|\.)decoder\.mid(_block)?\.(block_1|resnets\.0)\.conv1\.weight$") and not _is_video(slots):
         return "kl"

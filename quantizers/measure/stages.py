@@ -17,13 +17,13 @@ the embedded host's own `offload`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from ..compat.modes import HostName, OffloadMode
 from ..spec import QuantSpec
 from .activations import Estimate, RunShape, activations
-from .buffers import Layer, blocks_of, layers_of, unpacked_nbytes, with_lora_nbytes
+from .buffers import Layer, blocks_of, in_order, layers_of, unpacked_nbytes, with_lora_nbytes
 from .parts import ModelPart, Role
 from .units import GIB
 
@@ -33,13 +33,24 @@ _ROLES = {Role.TEXT: 0, Role.DIFFUSION: 1, Role.CONTROLNET: 1, Role.VAE: 2}
 COMFYUI_RESERVE = int(0.8 * GIB) + 400 * 2**20
 # Watermarks of balanced by default, as in `hosts.offload`.
 SMALL_GIB, LARGE_GIB = 12, 24
-# Of the activations' peak, what is alive while a large layer computes: the peak itself comes with the element-wise step
-# behind it, when a streamed layer has left. Measured: `benchmarks/forecast.py`.
-WHILE_MULTIPLIED = 0.8
 # Layers that see one vector a step, long before the peak.
-_ONE_VECTOR = re.compile(r"(_mod|modulation|adaLN\w*|norm\w*)\.")
+ONE_VECTOR = re.compile(r"(_mod|modulation|adaLN\w*|norm\w*)\.")
+# Models of convolutions, which on a CPU copy into a layout of their own that no count of tensors sees: how many percent
+# more than the formula says. Measured against torch's allocator, in bfloat16 and small sizes: AutoencoderKL 26 to 34,
+# HunyuanVideo's VAE 37, a U-Net of half SD 1.5's width 97. TAESD takes none.
+CPU_SCRATCH_PERCENT = {Role.VAE: 40, Role.DIFFUSION: 100}
+_NO_SCRATCH = ("taesd",)
+_UNETS = ("sdxl", "sd1.5")
 _STREAMING = (OffloadMode.SEQUENTIAL, OffloadMode.GROUP, OffloadMode.NOVRAM)  # of every component a part at a time
+_FILLING = (OffloadMode.PARTIAL, OffloadMode.DYNAMIC)
 SHARED = ("cpu",)  # devices whose memory is that from which weights come
+
+
+def largest_of(layers: Iterable[Layer]) -> int:
+    """Bytes of the largest layer that computes with all tokens."""
+    layers = list(layers)
+    busy = [x.largest_nbytes for x in layers if not ONE_VECTOR.search(f"{x.name}.")]
+    return max(busy or (x.largest_nbytes for x in layers), default=0)
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,7 @@ class Held:
     @property
     def largest_nbytes(self) -> int:
         """Of a layer that computes with all tokens."""
-        busy = [x.largest_nbytes for x in self.layers if not _ONE_VECTOR.search(f"{x.name}.")]
-        return max(busy or (x.largest_nbytes for x in self.layers), default=0)
+        return largest_of(self.layers)
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class Setting:
         room: bytes of the device that a run may take.
         device_nbytes: that watermarks are shares of.
         own_memory: False where weights wait in the very memory that computes.
+        capability: of CUDA; None where it is not known.
     """
 
     host: HostName
@@ -119,7 +130,7 @@ class Setting:
     room: int
     device_nbytes: int
     own_memory: bool
-    variants: Mapping[OffloadMode, str] = field(default_factory=lambda: dict[OffloadMode, str]())
+    capability: tuple[int, int] | None = None
 
 
 def hold(
@@ -182,51 +193,86 @@ def _computing(held: Sequence[Held], stage: int) -> list[Held]:
 
 def _moment(name: str, mode: OffloadMode, h: Held, held: Sequence[Held], setting: Setting) -> Stage:
     everything = sum(other.nbytes for other in held)
-    buffer = max((unpacked_nbytes(layer, setting.kind, h.dtype_nbytes) for layer in h.layers), default=0)
+    on = (setting.kind, h.dtype_nbytes, h.run.rows, setting.capability, setting.host)
+    buffer = max((unpacked_nbytes(layer, *on) for layer in h.layers), default=0)
     loras = h.loras_nbytes if h.part.role is Role.DIFFUSION else 0
     if loras and setting.host is HostName.COMFYUI:
         patched = max((with_lora_nbytes(layer, h.dtype_nbytes) for layer in h.layers), default=0)
         buffer, loras = max(buffer, patched), max(1, loras // max(1, sum(1 for x in h.layers if x.numel)))
     beside = buffer + loras * (setting.host is HostName.COMFYUI) + h.run.nbytes
     if not setting.own_memory or mode is OffloadMode.NONE:
-        weights, streamed = everything, 0
+        weights, streamed, moving = everything, 0, 0
     else:
         nets = sum(o.nbytes for o in held if o.part.role is Role.CONTROLNET and o is not h and o.stage == h.stage)
         beside += 0 if mode in _STREAMING else nets
-        weights, streamed = _on_device(mode, h, held, setting, beside)
+        weights, streamed, moving = _on_device(mode, h, held, setting, beside)
         weights += 0 if mode in _STREAMING else nets
     if setting.host is HostName.STANDALONE:
         loras = min(loras, weights) if not streamed else round(loras * min(1.0, weights / max(h.nbytes, 1)))
         weights -= loras
     run = h.run.nbytes
-    if streamed and (mode in _STREAMING or mode is OffloadMode.BALANCED):
-        run = max(round(run * WHILE_MULTIPLIED), run - h.largest_nbytes)
-    return Stage(name, h.part.name, weights, buffer, loras, run, streamed, float(h.run.error_percent), h.run.how)
+    if streamed and mode not in _FILLING:
+        run = _while_moving(mode, h, moving)
+    error, how = _error(h, setting)
+    return Stage(name, h.part.name, weights, buffer, loras, run, streamed, error, how)
 
 
-def _on_device(mode: OffloadMode, h: Held, held: Sequence[Held], setting: Setting, beside: int) -> tuple[int, int]:
-    """(bytes of weights on the device, bytes that are copied there each time)."""
+def _error(h: Held, setting: Setting) -> tuple[float, str]:
+    """Percent by which the activations may be wrong on a device, and where they come from."""
+    error, how = float(h.run.error_percent), h.run.how
+    convolutions = (h.part.role is Role.VAE and h.run.formula not in _NO_SCRATCH) or h.run.formula in _UNETS
+    if setting.kind != "cpu" or not convolutions:
+        return error, how
+    more = CPU_SCRATCH_PERCENT[h.part.role]
+    said = f"{how}; convolutions on a CPU take scratch space that is not in it, up to {more} % more was measured"
+    return max(error, float(more)), said
+
+
+def _while_moving(mode: OffloadMode, h: Held, moving: int) -> int:
+    """Bytes of activations beside so many bytes of weights that come and go.
+
+    The peak comes when these have left, or with them and a share of the activations. What was measured with the largest
+    layer is a bound for smaller ones too, where that one stays.
+    """
+    share, largest = h.run.while_layer, h.largest_nbytes
+    if mode is OffloadMode.GROUP:
+        share, largest = h.run.while_block, moving
+    together = min(h.run.nbytes + moving, round(h.run.nbytes * share) + largest)
+    return max(together, h.run.nbytes) - moving
+
+
+def _on_device(mode: OffloadMode, h: Held, held: Sequence[Held], setting: Setting, beside: int) -> tuple[int, int, int]:
+    """(bytes of weights on the device at most, bytes that are copied there each time, the most of them at a time)."""
     if mode is OffloadMode.MODEL:
-        return h.nbytes, 0
+        return h.nbytes, 0, 0
     if mode in (OffloadMode.SEQUENTIAL, OffloadMode.NOVRAM):
-        return h.largest_nbytes, h.nbytes
+        return h.largest_nbytes, h.nbytes, h.largest_nbytes
     if mode is OffloadMode.GROUP:
         outside, blocks = blocks_of(h.layers)
-        return outside + max(blocks.values(), default=0), h.nbytes
+        largest = max(blocks.values(), default=0)
+        return outside + largest, h.nbytes, largest
     if mode is OffloadMode.BALANCED:
         return _balanced(h, held, setting.device_nbytes)
     reserve = COMFYUI_RESERVE if mode is OffloadMode.PARTIAL else 0
-    return _split(h, setting.room - max(beside, reserve), whole_blocks=False)
+    return _filled(h, setting.room - max(beside, reserve))
 
 
-def _balanced(h: Held, held: Sequence[Held], device_nbytes: int) -> tuple[int, int]:
+def _filled(h: Held, room: int) -> tuple[int, int, int]:
+    """As much as there is room for, and a layer at a time of the rest."""
+    if h.nbytes <= room:
+        return h.nbytes, 0, 0
+    stays = max(0, room - h.largest_nbytes)
+    return stays + h.largest_nbytes, h.nbytes - stays, h.largest_nbytes
+
+
+def _balanced(h: Held, held: Sequence[Held], device_nbytes: int) -> tuple[int, int, int]:
     low, high = watermarks(device_nbytes)
-    weights, streamed = _split(h, high, whole_blocks=True)
+    weights, streamed, moving = split(h, high)
     waiting = 0
     for other in held:
         if other is not h and other.nbytes <= high and weights + waiting + other.nbytes <= low:
             waiting += other.nbytes
-    return weights + waiting, streamed
+    return weights + waiting, streamed, moving
 
 
 def watermarks(device_nbytes: int) -> tuple[int, int]:
@@ -235,21 +281,19 @@ def watermarks(device_nbytes: int) -> tuple[int, int]:
     return int(device_nbytes * low), int(device_nbytes * (0.8 if device_nbytes >= LARGE_GIB * GIB else 0.6))
 
 
-def _split(h: Held, room: int, whole_blocks: bool) -> tuple[int, int]:
+def split(h: Held, room: int) -> tuple[int, int, int]:
     """A component in so much room: all of it, or what stays and a layer at a time of the rest.
 
-    Args:
-        whole_blocks: accelerate moves whole blocks, and keeps room for the largest of the rest.
+    accelerate fills the device in the order of the module, whole blocks at a time, and stops at the first that does not
+    fit beside the largest of those behind it.
     """
     if h.nbytes <= room:
-        return h.nbytes, 0
-    if not whole_blocks:
-        stays = max(0, room - h.largest_nbytes)
-        return stays + h.largest_nbytes, h.nbytes - stays
-    outside, blocks = blocks_of(h.layers)
-    rows, stays = [outside, *blocks.values()], 0
-    for index, nbytes in enumerate(rows):
-        if stays + nbytes > room - max(rows[index + 1 :], default=0):
-            break
-        stays += nbytes
-    return stays + h.largest_nbytes, h.nbytes - stays
+        return h.nbytes, 0, 0
+    rows = in_order(h.layers)
+    sizes = [sum(x.nbytes for x in row) for row in rows]
+    for index, nbytes in enumerate(sizes):
+        stays = sum(sizes[:index])
+        if stays + nbytes > room - max(sizes[index + 1 :], default=0):
+            moving = largest_of(x for row in rows[index:] for x in row)
+            return stays + moving, h.nbytes - stays, moving
+    return h.nbytes, 0, 0

@@ -21,7 +21,8 @@ def parse_size(text: str, default: str = "") -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise SpecError(f"'{text}' is no size.\nWrite a number and a unit: 6.5GB, 6.5GiB, 700MB.")
+        below = " above zero" if text.lstrip().startswith("-") else ""
+        raise SpecError(f"'{text}' is no size{below}.\nWrite a number and a unit: 6.5GB, 6.5GiB, 700MB.")
     number, prefix, binary = match.groups()
     if not prefix and not text.strip().lower().endswith("b") and default:
         return parse_size(f"{number}{default}")

@@ -11,10 +11,11 @@ import torch
 from quantwire.quantizers.base import Availability
 from quantwire.quantizers.compat.modes import HostName
 from quantwire.quantizers.errors import SpecError
-from quantwire.quantizers.measure.advise import COPIED_STEP, FULL, ONE_BIT_DB, Advice, Place, advise, ranked
+from quantwire.quantizers.measure.advise import FULL, Advice, Place, advise, ranked
 from quantwire.quantizers.measure.native import parse_device
 from quantwire.quantizers.measure.parts import ModelPart, Role
 from quantwire.quantizers.measure.plots import to_image
+from quantwire.quantizers.measure.ranking import ONE_BIT_DB, bands, best_first
 from quantwire.quantizers.measure.tiers import TIERS, TIERS_GB, with_memory
 from quantwire.quantizers.plan import Slot
 from quantwire.quantizers.spec import QuantSpec
@@ -101,9 +102,45 @@ def test_formats_below_4_bits_come_after_copying_weights(part: ModelPart) -> Non
     assert places["gguf-q4-k"] is Place.STREAMS
     assert places["gguf-q2-k"] is Place.FEW_BITS
     streaming = [row for row in rows if row.place is Place.STREAMS]
-    copied = [row.forecast.best.streamed // COPIED_STEP for row in streaming if row.forecast.best]
+    band = bands(row.mode.streamed for row in streaming)
+    copied = [band[row.mode.streamed] for row in streaming]
     assert copied == sorted(copied)
+    assert len(set(copied)) > 1
     assert streaming[-1].format_id == FULL
+
+
+def test_a_byte_more_that_is_copied_costs_no_quality() -> None:
+    """Bands begin at the least, so that no edge lies between two that copy nearly the same."""
+    step = 1 << 28
+    assert bands([8 * step - 1, 8 * step, 8 * step + 1]) == {8 * step - 1: 0, 8 * step: 0, 8 * step + 1: 0}
+    assert bands([8 * step, 10 * step, 10 * step + 1]) == {8 * step: 0, 10 * step: 0, 10 * step + 1: 1}
+    assert bands([100 * step, 110 * step, 111 * step]) == {100 * step: 0, 110 * step: 0, 111 * step: 1}  # a tenth
+    assert bands([0, 1]) == {0: 0, 1: 1}, "nothing is as good as copying nothing"
+
+
+def test_the_key_is_quality_in_bands_of_a_bit_then_native() -> None:
+    items = {"exact": (math.inf, True, 9), "a": (50.0, False, 5), "b": (45.0, True, 5), "c": (43.5, True, 1)}
+    items |= {"unknown": (-math.inf, True, 1)}
+    assert best_first(items, items.__getitem__) == ["exact", "b", "a", "c", "unknown"]
+
+
+def test_encoders_that_keep_a_better_format_from_fitting_are_named(part: ModelPart) -> None:
+    """T5 in 16 bits takes 9 GiB of a CPU's memory, where everything is held at once."""
+    found = on(part, "cpu", 16)
+    assert "t5xxl" in found.hint
+    assert "--text-format" in found.hint
+    assert found.hint.partition(" (")[0] in str(found)
+    assert on(part, "cpu", 96).hint == ""
+
+
+def test_what_fits_only_within_the_error_is_the_last_resort(part: ModelPart) -> None:
+    """The mode must fit with the error of the activations on top, as in `fit`."""
+    row = next(r for r in on(part, "cuda:8.6", 48, HostName.STANDALONE).rows if r.format_id == "gguf-q8-0")
+    mode = row.forecast.modes[0]
+    assert mode.error_nbytes > 0
+    tight = replace(row, forecast=replace(row.forecast, modes=(mode,), room=mode.peak))
+    assert tight.place is Place.TIGHT
+    assert replace(tight, forecast=replace(tight.forecast, room=2 * mode.peak)).place is Place.FITS
 
 
 def test_tiers_are_what_each_memory_alone_would_give(twelve: Advice, part: ModelPart) -> None:
@@ -186,9 +223,13 @@ def test_nothing_fits(part: ModelPart) -> None:
 def test_results_are_data_text_and_picture(twelve: Advice) -> None:
     from quantwire.quantizers.measure.advise_plot import scatter
 
-    data = json.loads(json.dumps(twelve.to_dict(), default=lambda x: pytest.fail(f"{x!r} is no JSON value")))
+    data = json.loads(
+        json.dumps(twelve.to_dict(), allow_nan=False, default=lambda x: pytest.fail(f"{x!r} is no JSON value"))
+    )
     assert data["best"] == (twelve.best.format_id if twelve.best else None)
     assert len(data["rows"]) == len(FORMATS) + 1
+    assert [row["format"] for row in data["rows"] if row["exact"]] == [FULL]
+    assert next(row for row in data["rows"] if row["exact"])["score_db"] is None
     assert max(map(len, twelve.text().splitlines())) <= 120
     assert sum(f in twelve.text() for f in FORMATS) == len(FORMATS)
     image = to_image(scatter(twelve))

@@ -20,7 +20,7 @@ from quantwire.quantizers.measure.activations import RunShape
 from quantwire.quantizers.measure.assumed import usual_parts, with_assumed
 from quantwire.quantizers.measure.forecast import Forecast, forecast, modes_of
 from quantwire.quantizers.measure.parts import ModelPart, Role, parts_of_file, parts_of_modules
-from quantwire.quantizers.measure.stages import watermarks
+from quantwire.quantizers.measure.stages import hold, split, watermarks
 from quantwire.quantizers.overview import kernel_choices, rows
 from quantwire.quantizers.plan import Slot
 from quantwire.quantizers.registry import availability
@@ -247,6 +247,60 @@ def test_json_holds_the_verdict(demo: tuple[ModelPart, ...]) -> None:
     assert data["modes"][0]["peak_nbytes"] == max(s["peak_nbytes"] for s in data["modes"][0]["stages"])
 
 
+@pytest.mark.parametrize(
+    ("format_id", "rows", "capability", "nbytes"),
+    [
+        ("bnb-nf4", 4096, (8, 6), 2_000_000),
+        ("bnb-nf4", 4, (8, 6), 0),
+        ("bnb-int8", 4096, (8, 6), 0),
+        ("bnb-int8", 4096, (7, 0), 4_000_000),
+        ("quanto-qint8", 4096, None, 2_000_000),
+        ("quanto-qfloat8-e4m3fn", 4096, None, 4_000_000),
+        ("gguf-q4-k", 128, (8, 6), 0),
+        ("gguf-q4-k", 4096, (8, 6), 2_000_000),
+        ("gguf-q5-1", 4096, (8, 6), 8_000_000),
+    ],
+)
+def test_what_cuda_unpacks(format_id: str, rows: int, capability: tuple[int, int] | None, nbytes: int) -> None:
+    """As the libraries' sources say, see `native_rules`; bytes for a million values of 16 bits."""
+    layer = buffers.Layer("x", "", 0, 0, format_id, 1000 * 1000)
+    assert buffers.unpacked_nbytes(layer, "cuda", 2, rows, capability) == nbytes
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.62, 0.75, 0.97])
+def test_balanced_splits_where_accelerate_does(model: DiffusionModel, share: float) -> None:
+    from accelerate import infer_auto_device_map
+    from quantwire.hosts.standalone.offload.carry import AWAY, ON_DEVICE, _not_to_split
+
+    (part,) = parts_of_modules({"transformer": model.transformer}, Role.DIFFUSION, "demo")
+    held = hold(part, None, SHAPE, HostName.STANDALONE)
+    room = int(held.nbytes * share)
+    found = infer_auto_device_map(model.transformer, {ON_DEVICE: room}, _not_to_split(model.transformer))
+    away = tuple(f"{name}." if name else "" for name, where in found.items() if where == AWAY)
+    stays = sum(p.nbytes for n, p in model.transformer.named_parameters() if not f"{n}.".startswith(away))
+    weights, streamed, moving = split(held, room)
+    assert away
+    assert weights - moving == stays
+    assert streamed == held.nbytes - stays
+
+
+def test_what_is_not_counted_is_said(flux_dev: ModelPart) -> None:
+    net = replace(flux_dev, name="net", role=Role.CONTROLNET, slots=flux_dev.slots[:200])
+    found = forecast([flux_dev, net], {}, RunShape(1024, 1024, frames=3), gpu(64), HostName.STANDALONE)
+    assert any(note.startswith("net: activations of a ControlNet") for note in found.notes)
+    assert any("3 frames count as" in note for note in found.notes)
+    cpu = DeviceFacts("cpu", "CPU", 64 * GIB, 64 * GIB)
+    decoding = forecast([flux_dev], {}, SHAPE, cpu, HostName.STANDALONE).modes[0].stages[2]
+    assert decoding.error_percent == 40
+    assert "scratch space" in decoding.how
+    assert "scratch" not in forecast([flux_dev], {}, SHAPE, gpu(64), HostName.STANDALONE).modes[0].stages[2].how
+
+
+def test_a_lora_alone_is_told(flux_dev: ModelPart) -> None:
+    with pytest.raises(SpecError, match="is a LoRA"):
+        forecast([replace(flux_dev, role=Role.LORA)], {}, SHAPE, gpu(8), HostName.STANDALONE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_buffers_follow_the_kernels(kind: str) -> None:
@@ -262,6 +316,10 @@ def test_buffers_follow_the_kernels(kind: str) -> None:
         nbytes = buffers.unpacked_nbytes(layer, kind, 2)
         if name == "dequantize, F.linear":
             fine = nbytes == 6_000_000
+        elif kind == "cuda" and row.id.startswith(("bnb-nf4", "bnb-fp4", "quanto-qint8")):
+            fine = nbytes == 2_000_000  # the whole weight, for as many rows as a picture has
+        elif kind == "cuda" and row.id.startswith("quanto-qfloat8"):
+            fine = nbytes == 4_000_000  # cast, and scaled in another tensor
         elif "expand" in name:
             fine = nbytes == 2_000_000 + (0 if kind == "cpu" and row.id.startswith("gguf-") else 6_000_000)
         elif name.startswith("int8 x int8"):

@@ -115,6 +115,41 @@ def test_nan_missing_and_other_shapes(source: Path, tmp_path: Path) -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_masks_and_infinities_are_no_fault(tmp_path: Path) -> None:
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.full((4, 4), lowest).triu(1)
+    tensors = {"mask": mask, "inf": torch.zeros(4, 4).masked_fill(mask < 0, -math.inf), "w": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = compare_files(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    assert found.verdict == "identical: all 3 tensors hold the same values"
+    tensors["inf"] = tensors["inf"] + torch.eye(4)  # differs beside the infinities
+    tensors["w"] = tensors["w"].clone()
+    tensors["w"][0, 0] = math.inf
+    save_file(tensors, tmp_path / "b.safetensors")
+    found = compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [layer.name for layer in found.broken] == ["w"]
+    assert next(layer for layer in found.layers if layer.name == "inf").noise == 4.0
+    # What the reference has too is not the other's fault.
+    assert not compare_files(tmp_path / "b.safetensors", tmp_path / "a.safetensors").broken
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_models_trained_apart_are_not_broken_versions(source: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(source)
+    apart = {n: (torch.randn(t.shape, generator=generator) * t.float().std()).to(t.dtype) for n, t in tensors.items()}
+    save_file(apart, tmp_path / "apart.safetensors")
+    found = compare_files(source, tmp_path / "apart.safetensors")
+    assert found.verdict.startswith("not versions of one model: 33 of 33 matrices")
+    assert not found.broken
+    narrow = {n: t[..., : t.shape[-1] // 2].contiguous() if n == "txt_in.weight" else t for n, t in apart.items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    assert "other shapes, first 'txt_in.weight" in compare_files(source, tmp_path / "narrow.safetensors").verdict
+    # Other input channels alone make a version, as of models for inpainting.
+    save_file({**tensors, "txt_in.weight": narrow["txt_in.weight"]}, tmp_path / "fill.safetensors")
+    assert compare_files(source, tmp_path / "fill.safetensors").verdict.startswith("identical")
+
+
 def test_other_models_are_refused(source: Path, demo_models: Path, tmp_path: Path) -> None:
     with pytest.raises((FileError, SpecError), match="two versions of one model"):
         compare_files(source, demo_models / "text_encoders" / "digits_clip.safetensors")

@@ -98,6 +98,10 @@ def test_the_least_capability_is_the_librarys(format_id: str) -> None:
         ("comfy-int8", "mps", COMFYUI, Runs.NOT, ""),
         ("comfy-int8", "cuda:7.0", COMFYUI, Runs.UNKNOWN, "int8"),
         ("comfy-fp8-e4m3fn", "rocm", COMFYUI, Runs.EMULATED, ""),
+        ("comfy-int8", "rocm", COMFYUI, Runs.UNKNOWN, "int8"),  # by the kind of GPU, which `rocm` does not tell
+        ("comfy-w4a8", "rocm", COMFYUI, Runs.UNKNOWN, "int8"),
+        ("comfy-w4a4-convrot", "rocm", COMFYUI, Runs.UNKNOWN, "int4"),
+        ("torchao-int8dyn", "rocm", STANDALONE, Runs.UNKNOWN, "int8"),
         ("bnb-int8", "cuda:7.5", STANDALONE, Runs.NATIVE, "int8"),
         ("bnb-int8", "cuda:7.0", STANDALONE, Runs.EMULATED, ""),
         ("bnb-nf4", "cuda:8.6", STANDALONE, Runs.EMULATED, ""),
@@ -163,7 +167,14 @@ def test_sources_are_where_the_rules_say() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("cuda", "compute capability"), ("cuda:86", "is no device"), ("gpu", "is no device"), ("", "is no device")],
+    [
+        ("cuda", "compute capability"),
+        ("cuda:0.0", "5.0 to 12.9"),
+        ("cuda:99.9", "5.0 to 12.9"),
+        ("cuda:86", "is no device"),
+        ("gpu", "is no device"),
+        ("", "is no device"),
+    ],
 )
 def test_wrong_devices(text: str, said: str) -> None:
     with pytest.raises(SpecError, match=said):

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import torch
 from quantwire.hosts.standalone.executor import Executor
+from quantwire.hosts.standalone.progress import Interrupted
 from quantwire.nodes.bench import BenchmarkModel
 from quantwire.quantizers.errors import SpecError
 
@@ -55,9 +56,47 @@ def test_a_quantized_model_is_not_quantized_again(
     sampled: Sampled, make_node: Any, host: Any, executor: Executor
 ) -> None:
     nodes = graph(sampled, make_node, "q", against="bnb-nf4")
-    nodes["q"] = make_node("QuantizeModel", model=["model", 0], format="quanto-qint8")
+    nodes["q"] = make_node("QuantizeModel", model=["model", 0], format="gguf-q8-0")
     with pytest.raises(SpecError, match="quantized already"):
         executor.run(nodes)
+
+
+def test_a_format_that_runs_out_of_memory_costs_the_others_nothing(
+    sampled: Sampled, make_node: Any, host: Any, executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out in the third generation, the first of the format, is raised by hand: it cannot be had."""
+    sample, runs = type(host).sample, []
+
+    def short_of_memory(self: Any, model: Any, *args: Any) -> Any:
+        runs.append(model)
+        if len(runs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(self, model, *args)
+
+    monkeypatch.setattr(type(host), "sample", short_of_memory)
+    executor.run(graph(sampled, make_node, against="gguf-q8-0", order="one by one", repeats=1, steps=1))
+    text = (tmp_path / "out" / "bench" / "a" / "benchmark_results.json").read_text(encoding="utf-8")
+    full, failed = json.loads(text)["variants"]
+    assert len(full["generation_s"]["samples"]) == 1
+    assert failed["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert failed["generation_s"] is None
+    assert len(runs) == 3
+
+
+def test_a_user_who_stops_is_heard(
+    sampled: Sampled, make_node: Any, host: Any, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, runs = type(host).sample, []
+
+    def stopped(self: Any, model: Any, *args: Any) -> Any:
+        runs.append(model)
+        if len(runs) > 2:
+            raise Interrupted("Interrupted.")
+        return sample(self, model, *args)
+
+    monkeypatch.setattr(type(host), "sample", stopped)
+    with pytest.raises(Interrupted):
+        executor.run(graph(sampled, make_node, against="gguf-q8-0", order="one by one", repeats=1, steps=1, folder="b"))
 
 
 @pytest.mark.parametrize(("against", "said"), [("no-such", "no-such"), ("bnb-nf4\nbnb-nf4", "twice")])

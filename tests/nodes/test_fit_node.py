@@ -129,6 +129,14 @@ def test_sets_the_mode_for_a_device_that_is_only_described(run: Run, monkeypatch
     assert mode["level"] == "ok"
 
 
+def test_more_memory_than_the_device_has_is_not_promised(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = DeviceFacts("cpu", "described", RESERVE + GIB, RESERVE + GIB)
+    monkeypatch.setattr("quantwire.nodes.fitting.device_of", lambda host: small)
+    _, report = run(47 * GIB)
+    assert report.fit.device.total_nbytes == RESERVE + GIB
+    assert "WARNING: vram_gib asks for 47.25 GiB; described has 1.25 GiB" in str(report)
+
+
 def test_without_text_encoders(executor: Executor, sampled: Callable[..., Graph], make_node: Any) -> None:
     graph = sampled("fit", fit=make_node("FitModel", model_name=FILE, vram_gib=8.0))
     graph |= {"report": make_node("Keep", value=["fit", 2]), "none": make_node("Keep", value=["fit", 1])}

@@ -35,7 +35,7 @@ def test_text_json_and_plot(digits: str, tmp_path: Path, capsys: pytest.CaptureF
     assert max(map(len, out.splitlines())) <= 120
     with Image.open(plot) as image:
         assert image.size == (900, 540)
-    found: dict[str, Any] = json.loads(data.read_text())
+    found: dict[str, Any] = json.loads(data.read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
     assert found["status"] == "ok"
     assert (found["best"], found["best_format"]) == ("full precision", "comfy-int8")
     assert [tier["gigabytes"] for tier in found["tiers"]] == [6, 8, 12, 16, 24]

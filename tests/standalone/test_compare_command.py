@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from quantwire.cli import main
+from quantwire.hosts.standalone.executor import Executor
+from quantwire.quantizers.measure import layers
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +56,7 @@ def test_weights(source: Path, broken: Path, tmp_path: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["verdict"].startswith("weights: identical")
 
 
+@pytest.mark.slow
 def test_images_of_a_workflow(source: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The nodes that quantize are left out: both files are drawn as they are."""
     out = tmp_path / "pairs"
@@ -66,6 +72,7 @@ def test_images_of_a_workflow(source: Path, broken: Path, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["images"]["verdict"].startswith("identical")
 
 
+@pytest.mark.slow
 def test_task(source: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = tmp_path / "task.py"
     task.write_text(
@@ -106,6 +113,64 @@ def test_two_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "cannot be read as a picture" in capsys.readouterr().err
 
 
+def test_16_bits_and_transparency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = (np.indices((48, 64)).sum(0) % 64 * 4).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    with Image.open(tmp_path / "wide.png") as image:
+        assert image.mode.startswith("I")
+    assert main(["compare", str(tmp_path / "a.png"), str(tmp_path / "wide.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"]["verdict"].startswith("identical")
+    clear = np.dstack([values, values, values, values])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert main(["compare", str(tmp_path / "a.png"), str(tmp_path / "clear.png")]) == 2
+    assert "transparent" in capsys.readouterr().err
+    clear[..., 3] = 255
+    Image.fromarray(clear).save(tmp_path / "opaque.png")
+    assert main(["compare", str(tmp_path / "a.png"), str(tmp_path / "opaque.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"]["verdict"].startswith("identical")
+    command = ["compare", str(tmp_path / "a.png"), str(tmp_path / "a.png")]
+    assert main([*command, "--no-weights", "--seeds", "4", "--set", "a=b"]) == 2
+    assert "--set, --seeds, --no-weights" in capsys.readouterr().err
+
+
+def test_interrupted(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first Ctrl-C while the first node runs, as the executor takes it."""
+    run = Executor.run
+
+    def told(self: Executor, *args: Any) -> Any:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return run(self, *args)
+
+    monkeypatch.setattr(Executor, "run", told)
+    command = [
+        "compare",
+        str(source),
+        str(source),
+        "--workflow",
+        WORKFLOW,
+        "--no-weights",
+        "--set",
+        "Sampler.steps=500",
+    ]
+    assert main(command) == 130
+    assert capsys.readouterr().err.strip().endswith("Interrupted.")
+
+
+def test_wrong_runs_are_told_before_the_weights(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compared(*_: Any) -> Any:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(layers, "compare_files", compared)
+    command = ["compare", str(source), str(source), "--workflow"]
+    for more in (["none.json"], [WORKFLOW, "--task", "none.py"], [WORKFLOW, "--set", "No.x=1"]):
+        assert main([*command, *more]) == 2
+    assert main(["compare", str(source.parent), str(source), "--workflow", WORKFLOW]) == 2
+    assert "single files only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -114,6 +179,8 @@ def test_two_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--no-weights"], "leaves nothing"),
         (["--task", "x.py"], "--task is about images"),
         (["--plot", "x.jpg"], "PNG"),
+        (["--seeds", "2"], "--seeds is about images"),
+        (["--workflow", WORKFLOW, "--task", "x.py", "--seeds", "2"], "both say"),
         (["--workflow", WORKFLOW, "--task", "none.py"], "is no file"),
         (["--workflow", str(ROOT / "workflows" / "api" / "none.json")], "none.json"),
         (["--workflow", WORKFLOW, "--no-weights", "--set", "Nothing.x=1"], "Nothing"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from quantwire.cli import main
 from quantwire.commands.fit_graph import KINDS, name_in, workflow
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
@@ -13,6 +14,7 @@ from quantwire.hosts.standalone.workflow import NodeSpec
 from quantwire.nodes import NODE_CLASS_MAPPINGS
 from quantwire.quantizers.errors import SpecError
 from quantwire.quantizers.measure.activations import RunShape
+from safetensors.torch import save_file
 
 
 def run(demo_models: Path, *more: str, vram: str = "8GB") -> int:
@@ -71,6 +73,7 @@ def test_a_written_workflow_runs(demo_models: Path, tmp_path: Path, capsys: pyte
     [
         (("--vram", "much"), "no size"),
         (("--device", "cuda"), "compute capability"),
+        (("--cfg", "nan"), "cfg"),
         (("--resolution", "wide"), "--resolution"),
         (("--batch", "0"), "batch is 0"),
         (("--text-encoder", "{vae}"), "holds no text encoder"),
@@ -109,6 +112,40 @@ def test_what_no_graph_is_written_for() -> None:
         workflow("flux", vae, [vae], vae, 8 << 30, RunShape(frames=5), "balanced")
     with pytest.raises(SpecError, match="takes 1 or 2 text encoder files, got 3"):
         workflow("flux", vae, [vae] * 3, vae, 8 << 30, RunShape(), "balanced")
+
+
+def test_guidance_of_the_family_is_that_of_the_graph() -> None:
+    vae = Path("vae.safetensors")
+    graph = workflow("sd3", vae, [vae], vae, 8 << 30, RunShape(cfg=4.5), "balanced")
+    assert graph["1"]["inputs"]["cfg"] == graph["7"]["inputs"]["cfg"] == 4.5
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """Wan's layers in small: a family that only ComfyUI opens."""
+    shapes = {"patch_embedding.weight": (64, 16, 1, 2, 2), "head.head.weight": (64, 64), "head.modulation": (1, 2, 64)}
+    shapes |= {"text_embedding.0.weight": (64, 128)}
+    for kind in ("self_attn", "cross_attn"):
+        shapes |= {f"blocks.0.{kind}.{x}.weight": (64, 64) for x in "qkvo"}
+    shapes |= {"blocks.0.ffn.0.weight": (256, 64), "blocks.0.ffn.2.weight": (64, 256)}
+    path = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+    return str(path)
+
+
+def test_what_the_embedded_host_does_not_open_is_left_out(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--vram", "8GB", "--resolution", "64", "--device", "cuda:8.6")
+    assert main(["fit", other, *size]) == 0
+    out = capsys.readouterr().out
+    assert "In ComfyUI\n" in out
+    assert "With `quantwire run`\n" not in out
+    assert "opens models of FLUX's layout only" in out
+    assert "cfg 6" in out
+    assert main(["fit", other, *size, "--host", "comfyui", "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
+    for command in ("fit", "advise"):
+        assert main([command, other, *size, "--host", "standalone"]) == 2
+        assert "Take --host comfyui" in capsys.readouterr().err
 
 
 def test_names_below_model_folders() -> None:

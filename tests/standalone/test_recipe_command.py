@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from quantwire.cli import main
 from quantwire.hosts import use
-from quantwire.hosts.sensitivity import Calls, Check, Probe, Replay, changed, mixture_of, relative2, spread
+from quantwire.hosts.sensitivity import Calls, Check, Probe, Replay, changed, relative2, spread
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.host import StandaloneHost
@@ -107,11 +109,12 @@ def test_a_model_that_does_not_repeat_itself_is_refused(host: StandaloneHost) ->
         probed(host, Noisy(), torch.randn(8, 256))
 
 
-def test_a_budget_is_refused_before_the_model_runs(host: StandaloneHost) -> None:
+@pytest.mark.parametrize(("budget", "said"), [(1000, "smallest mixture"), (10**6, "at full precision, which fits")])
+def test_a_budget_is_refused_before_the_model_runs(host: StandaloneHost, budget: int, said: str) -> None:
     model = Tiny()
-    probe = Probe(host, frozenset({0}), FEW, budget=1000)
-    with pytest.raises(SpecError, match="smallest mixture"), probe.watch(model, {}):
-        pytest.fail("the model would run")
+    for watcher in (Probe(host, frozenset({0}), FEW, budget=budget), Calls(host, FEW, budget)):
+        with pytest.raises(SpecError, match=said), watcher.watch(model, {}):
+            pytest.fail("the model would run")
 
 
 def test_a_quantized_model_and_a_second_model_are_refused(host: StandaloneHost) -> None:
@@ -127,10 +130,53 @@ def test_a_quantized_model_and_a_second_model_are_refused(host: StandaloneHost) 
         pass
 
 
+def test_two_models_of_one_architecture_are_told_apart(host: StandaloneHost) -> None:
+    """The errors of one, added to the other, would be measured as effects of quantization."""
+    model, x = Tiny(), torch.randn(8, 256)
+    finetune = copy.deepcopy(model)
+    with torch.no_grad():
+        finetune.quiet.weight.mul_(1.001)
+        watchers = (Probe(host, frozenset({0, 1, 2}), FEW), Check(host, frozenset({0, 1, 2}), {}), Calls(host, FEW))
+        for watcher in watchers:
+            for same in (model, model, copy.deepcopy(model)):  # sampled with twice, loaded twice
+                with watcher.watch(same, {}):
+                    same(x)
+            with pytest.raises(WorkflowError, match="two different models"), watcher.watch(finetune, {}):
+                pytest.fail("the model would run")
+    assert watchers[2].count == 3
+    assert all(q.tensors[n].device.type == "cpu" for q in watchers[0]._quantized.values() for n in q.tensors)
+
+
+def test_a_whole_mixture_is_never_held(host: StandaloneHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check quantizes a layer when it runs, and lets it go before the next."""
+    from quantwire.hosts import sensitivity
+
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    quantizer = sensitivity.require("gguf-q8-0")
+    quantize = quantizer.quantize
+
+    def counted(*args: Any) -> Any:
+        nonlocal most
+        made = quantize(*args)
+        alive.append(weakref.ref(made))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return made
+
+    monkeypatch.setattr(quantizer, "quantize", counted)
+    model = Tiny()
+    check = Check(host, frozenset({0}), {"all": dict.fromkeys(("loud", "quiet", "out"), "gguf-q8-0")})
+    with torch.no_grad(), check.watch(model, {}):
+        model(torch.randn(64, 256))
+    assert len(alive) == 3
+    assert most == 1
+    assert 0 < check.errors()["all"] < 0.02
+
+
 def test_a_check_measures_whole_mixtures(host: StandaloneHost) -> None:
     model, x = Tiny(), torch.randn(64, 256)
     found = probed(host, model, x)
-    check = Check(host, frozenset({0}), {t: mixture_of(found, t) for t in FEW} | {"nothing": {}})
+    check = Check(host, frozenset({0}), {t: found.mixture(t) for t in FEW} | {"nothing": {}})
     with torch.no_grad(), check.watch(model, {}):
         model(torch.randn(64, 256))
     errors = check.errors()
@@ -142,7 +188,7 @@ def test_a_check_measures_whole_mixtures(host: StandaloneHost) -> None:
 def test_nothing_that_ran(host: StandaloneHost) -> None:
     with pytest.raises(WorkflowError, match="No sampler ran"):
         Probe(host, frozenset({0}), FEW).result("x")
-    assert Calls().count == 0
+    assert Calls(host).count == 0
     assert spread(8, 4) == {1, 3, 5, 7}
     assert spread(2, 4) == {0, 1}
 
@@ -185,7 +231,10 @@ def test_recipe_of_a_file(demo_models: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "said"),
     [
         (["--budget", "lots"], "'lots' is no size"),
-        (["--budget", "1KB"], "smallest mixture"),
+        (["--budget", "1KB"], "smallest mixture of"),
+        (["--budget", "5.3MB"], "smallest mixture of"),
+        (["--budget", "6.5"], "the budget of 6.05 GiB"),
+        (["--budget", "1GB"], "at full precision, which fits into the budget of"),
         (["--budget", "7MB", "--formats", "gguf-q9"], "Unknown backend or format"),
         (["--budget", "7MB", "--levels", "0"], "--levels: 0"),
         (["--budget", "7MB", "--set", "Sampler.steps=2"], "--set"),

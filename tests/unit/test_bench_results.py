@@ -15,6 +15,7 @@ import torch
 from quantwire.hosts import bench
 from quantwire.nodes.bench_run import save_sample
 from quantwire.quantizers.errors import FileError
+from quantwire.quantizers.measure import bench_plots, html
 from quantwire.quantizers.measure.html import page
 from quantwire.quantizers.measure.meter import PeakMeter
 from quantwire.quantizers.measure.results import (
@@ -91,6 +92,74 @@ def test_the_page_asks_nothing_of_the_network() -> None:
         assert attribute not in made
 
 
+def compared(names: tuple[str, ...], reference: str, of: str = "image") -> BenchmarkResults:
+    """Results of these variants, where all but the reference have a difference."""
+    layers = (LayerError("a.weight", "bnb-nf4", 20.5, 0.1, 30),)
+    made = results()
+    variants = tuple(
+        Variant(
+            name, generation=Seconds((1.0 + i,)), step=Seconds((0.0449,)),
+            memory=Memory({"transformer": (i + 1) * 10 * 2**20}, 543 * 2**20, None, 486 * 2**20, "CPU"),
+            layers=layers, difference=None if name == reference else Difference(0.01, 30.0 + i, of),
+        )
+        for i, name in enumerate(names)
+    )  # fmt: skip
+    return dataclasses.replace(made, variants=variants, reference=reference)
+
+
+def test_the_reference_is_a_line_and_no_point() -> None:
+    made = compared(("bnb-nf4 (workflow)", "full precision", "gguf-q4-0"), "full precision")
+    axes = bench_plots.size_plot(made, bench_plots.LIGHT).axes[0]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    points = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in dashed] == [20.0]
+    assert points == [30.0, 32.0]  # PSNR alone; the layers have an SQNR of 20.5
+    assert axes.get_ylabel() == "PSNR of the image (dB)"
+    assert str(made).startswith("Fastest: bnb-nf4 (workflow). Against full precision: bnb-nf4 (workflow) takes 0.50 x")
+    assert "quantized itself" not in str(made) + html._table(made)
+
+
+def test_an_output_that_cannot_be_compared_is_no_line() -> None:
+    made = compared(("full precision", "bnb-nf4", "gguf-q4-0"), "full precision")
+    lost = dataclasses.replace(made.variants[2], difference=None)
+    made = dataclasses.replace(made, variants=(*made.variants[:2], lost))
+    axes = bench_plots.size_plot(made, bench_plots.LIGHT).axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [10.0]
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] == [31.0]
+
+
+def test_a_reference_that_is_quantized_is_said_to_be() -> None:
+    made = compared(("bnb-nf4", "gguf-q4-0"), "bnb-nf4")
+    assert "PSNR dB*" in str(made)
+    assert "* Against bnb-nf4, which is quantized itself" in str(made)
+    assert "<th>PSNR to bnb-nf4 (dB)</th>" in html._table(made)
+    assert bench_plots.quality_name(made).endswith("against bnb-nf4, quantized itself")
+    assert max(map(len, str(made).splitlines())) <= 120
+
+
+def test_peaks_are_over_what_the_libraries_took() -> None:
+    made = compared(("full precision", "bnb-nf4"), "full precision")
+    assert "+57.0 MiB" in str(made)
+    assert "Peaks with a + are over the 486.0 MiB" in str(made)
+    assert "Peaks with a + are over the 486.0 MiB" in html._table(made)
+    axes = bench_plots.memory_plot(made, bench_plots.LIGHT).axes[0]
+    assert max(bar.get_width() for bar in axes.patches) == 57.0
+    assert Memory({"a": 1}, 5, None, 9).own_peak == 0
+
+
+@pytest.mark.parametrize("draw", [bench_plots.time_plot, bench_plots.memory_plot])
+def test_labels_are_not_cut_off(draw: Any) -> None:
+    made = compared(("full precision (workflow)", "a;b=4;quant-type=nf4;double-quant=true", "bnb-nf4"), "bnb-nf4")
+    figure = draw(made, bench_plots.LIGHT)
+    figure.draw_without_rendering()
+    axes, right = figure.axes[0], figure.bbox.x1
+    assert len(axes.texts) == 3
+    for text in axes.texts:
+        assert text.get_window_extent().x1 <= right
+    for text in axes.get_yticklabels():
+        assert text.get_window_extent().x0 >= 0
+
+
 def test_every_variant_has_its_turns() -> None:
     taken = bench.turns(2, 1, 2, bench.Order.INTERLEAVED)
     assert [t.variant for t in taken] == [0, 1, 0, 1, 0, 1]
@@ -108,6 +177,11 @@ def test_difference() -> None:
     assert found.psnr_db == pytest.approx(20.0, abs=1e-4)
     assert found.relative_error == pytest.approx(0.2, abs=1e-6)
     assert bench.difference(image, image[:, :2]) is None
+    for broken in (float("nan"), float("inf")):
+        bad = {"samples": torch.full((1, 4, 2, 2), broken)}
+        good = {"samples": torch.ones(1, 4, 2, 2)}
+        assert bench.difference(bad, good) is None
+        assert bench.difference(good, bad) is None
     sound = {"waveform": torch.ones(1, 2, 8), "sample_rate": 4}
     assert dataclasses.astuple(bench.difference(sound, sound)) == (0.0, None, "audio")  # type: ignore[arg-type]
 

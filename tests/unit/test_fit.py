@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,15 +22,15 @@ from quantwire.quantizers.weight import TensorMeta
 
 SMALL = RunShape(64, 64)
 RESERVE = 1 << 28  # what a device keeps back at least
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
-def part(name: str, role: Role, rows: int = 4096) -> ModelPart:
+def part(name: str, role: Role, rows: int = 1 << 22) -> ModelPart:
     slots = (Slot(TensorMeta("blocks.0.attn.qkv.weight", (rows, 1024), torch.bfloat16), True),)
     return ModelPart(name, role, "", slots, slots[0].meta.nbytes, f"{name}.safetensors")
 
 
-MODEL, TEXT = part("model", Role.DIFFUSION), part("text", Role.TEXT, 2048)
+MODEL, TEXT = part("model", Role.DIFFUSION), part("text", Role.TEXT, 1 << 21)
 FULL = Candidate(None)
 INT8 = Candidate(QuantSpec("quanto-qint8"), 0.004, 8, native=False)
 NATIVE8 = Candidate(QuantSpec("bnb-int8"), 0.007, 8, native=True)
@@ -45,7 +46,9 @@ def within(nbytes: int, streaming: int = 0, parts: tuple[ModelPart, ...] = (MODE
     def trial(specs: Mapping[str, QuantSpec]) -> Outcome:
         peak = sum(p.nbytes(specs.get(p.name)) for p in parts)
         streams = peak > nbytes
-        return Outcome(peak <= nbytes + streaming, "partial" if streams else "none", streams, peak, "sampling")
+        copied = max(0, peak - nbytes)
+        mode = "partial" if streams else "none"
+        return Outcome(peak <= nbytes + streaming, mode, streams, peak, "sampling", streamed=copied)
 
     return trial
 
@@ -56,45 +59,87 @@ def names(*parts: ModelPart, ways: list[Candidate] = WAYS, **limits: int) -> lis
 
 
 def test_full_precision_where_it_fits() -> None:
-    assert names(MODEL, nbytes=8 * MIB) == ["as it is"]
+    assert names(MODEL, nbytes=8 * GIB) == ["as it is"]
 
 
 def test_of_equals_the_native_one() -> None:
     """0.007 is less than twice 0.004; fp8, native too, is not its equal."""
-    assert names(MODEL, nbytes=8 * MIB - 1) == ["bnb-int8"]
-    assert names(MODEL, nbytes=8 * MIB - 1, ways=[NF4, FP8, INT8]) == ["quanto-qint8"]
+    assert names(MODEL, nbytes=8 * GIB - 1) == ["bnb-int8"]
+    usual = Candidate(QuantSpec("gguf-q8-0"), 0.0035, 8.5, native=False)
+    assert names(MODEL, nbytes=8 * GIB - 1, ways=[usual, INT8]) == ["gguf-q8-0"], "of two emulated the better one"
+    assert names(MODEL, nbytes=8 * GIB - 1, ways=[NF4, FP8, INT8]) == ["quanto-qint8"]
 
 
 def test_quality_before_speed_down_to_four_bits() -> None:
-    assert names(MODEL, nbytes=3 * MIB, streaming=100 * MIB) == ["bnb-nf4"]
+    assert names(MODEL, nbytes=3 * GIB, streaming=100 * GIB) == ["bnb-nf4"]
 
 
 def test_streams_the_smallest_rather_than_take_fewer_bits() -> None:
-    assert names(MODEL, nbytes=2 * MIB, streaming=100 * MIB) == ["bnb-nf4"]
+    assert names(MODEL, nbytes=2 * GIB, streaming=100 * GIB) == ["bnb-nf4"]
+
+
+def test_of_what_streams_about_as_much_the_better_one() -> None:
+    """gguf-q4-0 copies 0.25 GiB more than the smallest and loses less; 8 bits copy 2 GiB more."""
+    q40 = Candidate(QuantSpec("gguf-q4-0"), 0.07, 4.5, native=False)
+    ways = [NF4, q40, INT8, FULL]
+    found = choose([MODEL], {"model": ways}, within(GIB, 100 * GIB))
+    assert found.model.candidate is q40
+    assert "at most 512.0 MiB more than the least" in found.model.why
+
+
+def test_a_slow_library_is_asked_only_where_it_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    nbytes = ModelPart.nbytes
+    monkeypatch.setattr(
+        ModelPart, "nbytes", lambda self, spec: (asked.append(spec.format_id if spec else ""), nbytes(self, spec))[1]
+    )
+    slow = Candidate(QuantSpec("gguf-q5-1"), 0.02, 6, native=False, slow=True)
+    names(MODEL, nbytes=8 * GIB, ways=[FULL, INT8, slow, NF4])
+    assert "gguf-q5-1" not in asked
+    assert names(MODEL, nbytes=4 * GIB - 1, ways=[FULL, INT8, slow, NF4]) == ["gguf-q5-1"]
 
 
 def test_prefer_quality_streams_what_loses_nothing() -> None:
-    found = choose([MODEL], {"model": WAYS}, within(2 * MIB, 100 * MIB), Prefer.QUALITY)
+    found = choose([MODEL], {"model": WAYS}, within(2 * GIB, 100 * GIB), Prefer.QUALITY)
     assert (found.model.candidate, found.outcome.streams) == (FULL, True)
 
 
 def test_few_bits_only_where_nothing_else_runs() -> None:
-    assert names(MODEL, nbytes=2 * MIB) == ["quanto-qint2"]
+    assert names(MODEL, nbytes=2 * GIB) == ["quanto-qint2"]
 
 
 def test_the_model_comes_before_what_reads_the_prompt() -> None:
-    """12 MiB hold one of them whole; the other gets the best that is left."""
-    assert names(MODEL, TEXT, nbytes=11 * MIB) == ["as it is", "bnb-int8"]
+    """12 GiB hold one of them whole; the other gets the best that is left."""
+    assert names(MODEL, TEXT, nbytes=11 * GIB) == ["as it is", "bnb-int8"]
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(SpecError, match=r"Nothing fits .*quanto-qint2.*\n.*smaller"):
-        names(MODEL, nbytes=MIB)
+    with pytest.raises(SpecError, match=r"Nothing fits [^\n]*\n[^\n]*quanto-qint2[^\n]*\nMake the image smaller"):
+        names(MODEL, nbytes=GIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "said"),
+    [
+        ("decoding", "cuda", "VAEDecodeTiled"),
+        ("text encoding", "cuda", "run text encoders on the CPU"),
+        ("text encoding", "cpu", "close what else takes memory"),
+    ],
+)
+def test_what_helps_is_of_the_stage_and_the_device(stage: str, kind: str, said: str) -> None:
+    def trial(specs: Mapping[str, QuantSpec]) -> Outcome:
+        return Outcome(False, "none", False, 9 * GIB, stage)
+
+    with pytest.raises(SpecError) as told:
+        choose([MODEL, TEXT], {"model": WAYS}, trial, Prefer.BALANCED, 8 * GIB, kind)
+    assert said in str(told.value)
+    assert ("on the CPU" in str(told.value)) is (stage == "text encoding" and kind != "cpu")
+    assert max(map(len, str(told.value).splitlines())) <= 110
 
 
 def test_no_diffusion_model() -> None:
     with pytest.raises(SpecError, match=r"no diffusion model.*text \(text encoder\)"):
-        names(TEXT, nbytes=MIB)
+        names(TEXT, nbytes=GIB)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +202,22 @@ def test_a_linked_recipe_is_taken_where_it_fits(demo: list[ModelPart]) -> None:
     assert "linked recipe was not taken" in keep.warnings[0]
 
 
+def test_a_recipe_that_does_not_run_there_is_not_taken(demo: list[ModelPart]) -> None:
+    device, recipe = parse_device("mps", 1 << 33), QuantSpec("comfy-fp8-e4m3fn")
+    found = fit(demo, device, HostName.COMFYUI, SMALL, config=recipe)
+    assert found.choice.model.candidate.name != RECIPE
+    assert "comfy-fp8-e4m3fn does not run on Apple GPU" in found.warnings[0]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_guidance_is_counted_and_said(demo: list[ModelPart]) -> None:
+    device = parse_device("cuda:8.6", 1 << 33)
+    one, two = (fit(demo, device, HostName.COMFYUI, RunShape(512, 512, cfg=cfg)) for cfg in (1.0, 5.0))
+    peaks = [next(s.peak for s in f.found.modes[0].stages if s.name == "sampling") for f in (one, two)]
+    assert peaks[1] > peaks[0]
+    assert "cfg 5" in str(two).splitlines()[0]
+
+
 def test_quantized_already_stays_and_tells_what_else(demo: list[ModelPart]) -> None:
     import dataclasses
 
@@ -209,5 +270,7 @@ def test_candidates_lose_what_was_measured(demo: list[ModelPart]) -> None:
     assert found["comfy-fp8-e4m3fn"].native
     assert not found["bnb-nf4"].native
     assert found["bnb-nf4"].loss == quality("bnb-nf4").loss(Role.DIFFUSION)
+    fp8 = quality("comfy-fp8-e4m3fn")
+    assert found["comfy-fp8-e4m3fn"].loss == fp8.loss(Role.DIFFUSION, "fp8") > fp8.loss(Role.DIFFUSION)
     assert found["as it is"].loss == 0
     assert [c.name for c in candidates(demo[2], parse_device("cpu", 1 << 33), HostName.COMFYUI)] == ["as it is"]

@@ -13,7 +13,7 @@ from quantwire.quantizers.errors import BackendUnavailable, SpecError
 from quantwire.quantizers.measure import sensitivity
 from quantwire.quantizers.measure.knapsack import knapsack
 from quantwire.quantizers.measure.parts import ModelPart
-from quantwire.quantizers.measure.recipe import Recipe, checked, find_recipe
+from quantwire.quantizers.measure.recipe import Recipe, check_possible, checked, find_recipe
 from quantwire.quantizers.measure.recipe_plot import plot_recipe
 from quantwire.quantizers.measure.rule_text import rules_text
 from quantwire.quantizers.measure.sensitivity import Inputs, Sensitivities, by_weights, of_file, output_noise, sampled
@@ -156,14 +156,46 @@ def test_a_budget_that_is_too_small_names_the_least(digits: tuple[ModelPart, Sen
         find_recipe(found, least - 1)
 
 
-def test_a_single_format_that_measures_better_is_said(digits: tuple[ModelPart, Sensitivities]) -> None:
+def test_a_single_format_that_measures_better_is_the_recipe(digits: tuple[ModelPart, Sensitivities]) -> None:
     part, found = digits
     recipe = find_recipe(found, part.full_nbytes * 3 // 4)
-    assert "NOTE" not in str(checked(recipe, {"recipe": 0.01, "gguf-q8-0": 0.02}, "a run"))
-    said = checked(recipe, {"recipe": 0.03, "gguf-q8-0": 0.02}, "a run")
-    assert "NOTE: gguf-q8-0 alone (8.5 MiB) measured 2.00 %" in str(said)
-    assert said.measured_error == 0.03
-    assert all(len(line) <= 120 for line in str(said).splitlines())
+    mixed = checked(recipe, found, {"recipe": 0.01, "gguf-q8-0": 0.02}, "a run")
+    assert (mixed.single, mixed.targets, mixed.rules) == ("", recipe.targets, recipe.rules)
+    assert mixed.measured_error == 0.01
+    assert "NOTE" not in str(mixed)
+    single = checked(recipe, found, {"recipe": 0.03, "gguf-q8-0": 0.02, "gguf-q6-k": 0.025}, "a run")
+    assert "NOTE: gguf-q8-0 alone measured 2.00 %, less than the mixture's 3.00 %" in str(single)
+    assert single.single == single.to_dict()["single"] == "gguf-q8-0"
+    assert single.measured_error == 0.02
+    assert all(len(line) <= 120 for line in str(single).splitlines())
+    assert single.predicted_error * (1 - single.gap) == pytest.approx(recipe.predicted_error)
+    plan, alone = part.plan(single.spec()), part.plan(QuantSpec("gguf-q8-0"))
+    assert plan.nbytes_out == alone.nbytes_out == single.nbytes <= single.budget
+    formats = {name: "gguf-q8-0" for name, target in single.targets.items() if target != KEEP}
+    assert formats == {unit.name: "gguf-q8-0" for unit in found.units if not unit.kept}
+
+
+def test_a_single_format_beyond_the_budget_is_never_the_recipe(digits: tuple[ModelPart, Sensitivities]) -> None:
+    part, found = digits
+    recipe = find_recipe(found, part.full_nbytes * 11 // 20)
+    assert next(s for s in recipe.singles if s.format == "gguf-q8-0").nbytes > recipe.budget
+    assert checked(recipe, found, {"recipe": 0.03, "gguf-q8-0": 0.02}, "a run").targets == recipe.targets
+
+
+def test_what_is_told_before_measuring_is_what_the_choice_says(digits: tuple[ModelPart, Sensitivities]) -> None:
+    """By weights alone the layers that stay by default take their full size, and the smallest mixture counts it."""
+    part, found = digits
+    with pytest.raises(SpecError) as late:
+        find_recipe(found, 10**6)
+    with pytest.raises(SpecError) as early:
+        check_possible(part.name, part.slots, found.units, FORMATS, 10**6, measured=False)
+    assert str(early.value) == str(late.value)
+    least = int(str(late.value).partition("(")[2].split()[0])
+    check_possible(part.name, part.slots, found.units, FORMATS, least, measured=False)
+    check_possible(part.name, part.slots, found.units, FORMATS, least // 2, measured=True)
+    with pytest.raises(SpecError, match="at full precision, which fits"):
+        check_possible(part.name, part.slots, found.units, FORMATS, part.full_nbytes, measured=True)
+    check_possible(part.name, part.slots, found.units, FORMATS, part.full_nbytes - 1, measured=True)
 
 
 def test_the_picture(digits: tuple[ModelPart, Sensitivities]) -> None:

@@ -7,14 +7,13 @@ one line on standard error and, where there is one, what to do about it; `--debu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,9 +205,10 @@ def _run_here(args: argparse.Namespace) -> tuple[Prompt, RunResult | RemoteResul
 
 
 def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:
+    from .commands.quiet import quiet_libraries
     from .quantizers import overview
 
-    with _quiet_libraries(args.debug):
+    with quiet_libraries(args.debug):
         rows = list(overview.rows())
         device = overview.compute_device()
         if args.json is not None:
@@ -226,17 +226,6 @@ def _formats(args: argparse.Namespace, _: dict[str, Any]) -> int:
             print("Read-only formats: no kernel is shown, since no weight can be made here to ask with.")
     print(overview.count_text(rows))
     return OK
-
-
-@contextlib.contextmanager
-def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Hold back what libraries log when they are imported to be probed; what keeps one from working is its reason."""
-    before = logging.root.manager.disable
-    logging.disable(before if debug else logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _help(args: argparse.Namespace, _: dict[str, Any]) -> int:

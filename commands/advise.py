@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import HostName
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file, write_file
+from .paths import add_json, json_to_output, require_file, write_file
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from ..quantizers.auto import DeviceFacts
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from ..quantizers.spec import QuantSpec
 
 OK = 0
-STANDARD_OUTPUT = Path("-")
 LISTED = 12  # without --all
 DEFAULT_SIZE = "1024x1024"
 
@@ -70,20 +68,15 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list every format, not the best {LISTED}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw size against quality")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="everything as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser)
     parser.set_defaults(handler=handle)
 
 
 def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    args.json = None
-    for option, path in (("--json", None if to_output else target), ("--plot", args.plot)):
-        if path is not None:
-            require_file(path, option)
-    with _quiet_libraries(args.debug):
+    to_output = json_to_output(args)
+    if args.plot is not None:
+        require_file(args.plot, "--plot")
+    with quiet_libraries(args.debug):
         advice = _advice(args)
     data: dict[str, Any] = {"path": str(args.path), **advice.to_dict()}
     if args.plot is not None:
@@ -95,7 +88,6 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     if to_output:
         print(json.dumps(data, indent=2, allow_nan=False))
         return OK
-    args.json = target
     report |= data
     print(advice.text(0 if args.all else LISTED))
     if args.plot is not None:
@@ -131,17 +123,6 @@ def _advice(args: argparse.Namespace) -> Advice:
         tiers=args.tiers,
         progress=_progress,
     )
-
-
-@contextlib.contextmanager
-def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Hold back what libraries log when they are imported to be probed; what keeps one from working is its reason."""
-    before = logging.root.manager.disable
-    logging.disable(before if debug else logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _parts(args: argparse.Namespace) -> tuple[list[ModelPart], Any]:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..quantizers.errors import FileError, OffloadConflict, SpecError, WorkflowError
-from .paths import require_file, require_writable
+from .paths import add_json, json_to_output, require_writable
 
 OK, NODE_FAILED = 0, 4
-STANDARD_OUTPUT = Path("-")
 
 
 class BenchmarkFailed(Exception):
@@ -63,10 +62,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the results go (default: out/bench)"
     )
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="the results as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser, "the results")
     parser.set_defaults(handler=handle)
 
 
@@ -99,11 +95,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..quantizers.measure.html import page
     from ..quantizers.measure.results import write
 
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    if to_output:
-        args.json = None  # the results themselves, not the report of a run
-    elif target is not None:
-        require_file(target, "--json")
+    to_output = json_to_output(args)
     for name in ("repeats", "warmup"):
         if getattr(args, name) < 1:
             raise SpecError(f"--{name} must be 1 or more, got {getattr(args, name)}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file, require_writable, write_file
+from .paths import add_json, json_to_output, require_file, require_writable, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..quantizers.measure.compare import Comparison
 
 OK, INTERRUPTED = 0, 130
-STANDARD_OUTPUT = Path("-")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 GAIN = 4.0
 
@@ -59,19 +58,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--gain", type=float, default=GAIN, help="brightness of the difference picture (default: 4)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the images of both, side by side")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the comparison")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="everything as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser)
     parser.set_defaults(handler=handle)
 
 
 def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    if to_output:
-        args.json = None  # the comparison itself, not the report of a run
-    elif target is not None:
-        require_file(target, "--json")
+    to_output = json_to_output(args)
     _check(args)
     from ..hosts.standalone.progress import Interrupted
 

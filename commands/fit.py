@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file, write_json
+from .paths import add_json, json_to_output, require_file, write_json
 
 if TYPE_CHECKING:
     from ..quantizers.measure.activations import RunShape
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..quantizers.measure.sensitivity import Sensitivities
 
 OK = 0
-STANDARD_OUTPUT = Path("-")
 COLUMNS = 118
 HOSTS = ("comfyui", "standalone")
 DEVICE = "cuda:8.6"  # where --vram says how much: what most people with 6 to 24 GB have
@@ -79,10 +78,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="write a workflow with Fit Model that does it; takes --text-encoder and --vae",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace WORKFLOW.json")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="everything as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser)
     parser.set_defaults(handler=handle)
 
 
@@ -100,11 +96,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..quantizers.measure.parts import Role
     from ..quantizers.measure.units import parse_vram
 
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    if to_output:
-        args.json = None  # the facts themselves, not the report of a run
-    elif target is not None:
-        require_file(target, "--json")
+    to_output = json_to_output(args)
     vram = parse_vram(args.vram)
     _shape(args, "")  # what is wrong with it is told before files are read
     device = parse_device(args.device, vram)

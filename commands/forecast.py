@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..quantizers.compat.modes import Carrier, HostName
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file, write_file
+from .paths import add_json, json_to_output, require_file, write_file
 
 if TYPE_CHECKING:
     from ..hosts.forecast import Asked
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..quantizers.spec import QuantSpec
 
 OK = 0
-STANDARD_OUTPUT = Path("-")
 DEFAULT_SIZE = "1024x1024"
 
 
@@ -72,18 +71,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--models", type=Path, action="append", metavar="DIR", help="model folder of a workflow")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it as bars; several as FILE-2.png, ...")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="everything as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser)
     parser.set_defaults(handler=handle)
 
 
 def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    args.json = None
-    if target is not None and not to_output:
-        require_file(target, "--json")
+    to_output = json_to_output(args)
     if args.plot is not None:
         require_file(args.plot, "--plot")
     found = forecasts(args)
@@ -93,7 +86,6 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     if to_output:
         print(json.dumps(data, indent=2))
         return OK
-    args.json = target
     report |= data
     for index, (title, each) in enumerate(found):
         several = f"{title or args.path.name}, " if title or len(found) > 1 else ""

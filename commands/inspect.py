@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .paths import require_file
+from .paths import add_json, json_to_output
 
 OK, BAD_INPUT = 0, 2
-STANDARD_OUTPUT = Path("-")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -33,10 +32,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--layers", nargs="?", const="*", metavar="PATTERN",
         help="list layers, a line each: all, or those whose names fit a pattern such as '*.img_attn.*'",
     )  # fmt: skip
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="everything as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser)
     parser.set_defaults(handler=handle)
 
 
@@ -55,11 +51,7 @@ def _no_collection() -> Iterator[None]:
 def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..quantizers.files.inspect import inspect
 
-    target, to_output = args.json, args.json == STANDARD_OUTPUT
-    if to_output:
-        args.json = None  # the facts themselves, not the report of a run
-    elif target is not None:
-        require_file(target, "--json")
+    to_output = json_to_output(args)
     with _no_collection():
         found = inspect(args.path, args.layers)
     if to_output:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..quantizers.errors import FileError
+
+STANDARD_OUTPUT = Path("-")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "everything") -> None:
+    """`--json [FILE]`, for commands whose result is data."""
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
+        help=f"{what} as JSON, to standard output without FILE",
+    )  # fmt: skip
+
+
+def json_to_output(args: argparse.Namespace) -> bool:
+    """Whether `add_json`'s option asks for JSON in place of text. The report of the run is then not written too.
+
+    Raises:
+        FileError: it names a file that cannot be written.
+    """
+    if args.json == STANDARD_OUTPUT:
+        args.json = None
+        return True
+    if args.json is not None:
+        require_file(args.json, "--json")
+    return False
 
 
 def require_writable(folder: Path, option: str) -> None:
@@ -27,6 +51,8 @@ def _takes_files(folder: Path) -> bool:
     """Whether a file can be made there; the permissions alone say yes to root, in /proc too."""
     if not os.access(folder, os.W_OK):
         return False
+    import tempfile  # costs a command that writes nothing a few milliseconds
+
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

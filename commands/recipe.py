@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quantizers.errors import FileError, SpecError
-from .paths import require_file, write_file
+from .paths import add_json, json_to_output, require_file, write_file
 
 if TYPE_CHECKING:
     from ..quantizers.measure.recipe import Recipe
     from ..quantizers.measure.sensitivity import Sensitivities
 
 OK, INTERRUPTED = 0, 130
-STANDARD_OUTPUT = Path("-")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -57,10 +56,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--models", type=Path, action="append", metavar="DIR", help="model folder, laid out as ComfyUI's"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="error against size, and which layers matter")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=STANDARD_OUTPUT, metavar="FILE",
-        help="the recipe and every measurement as JSON, to standard output without FILE",
-    )  # fmt: skip
+    add_json(parser, "the recipe and every measurement")
     parser.set_defaults(handler=handle)
 
 
@@ -69,8 +65,8 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..quantizers.measure.sensitivity import check_formats
     from ..quantizers.measure.units import parse_size
 
-    to_output, args.json = args.json == STANDARD_OUTPUT, None if args.json == STANDARD_OUTPUT else args.json
-    for path, option in ((args.out, "--out"), (args.plot, "--plot"), (args.json, "--json")):
+    to_output = json_to_output(args)
+    for path, option in ((args.out, "--out"), (args.plot, "--plot")):
         if path is not None:
             require_file(path, option)
     if args.levels < 1:

@@ -161,13 +161,13 @@ def test_a_report_that_cannot_take_its_place_leaves_no_other_file(
     from quantwire.quantizers.errors import FileError
 
     target = tmp_path / "report.json"
-    write = Path.write_text
+    write = Path.write_bytes
 
     def write_and_make_a_folder(self: Path, *args: object, **kwargs: object) -> int:
         target.mkdir()
         return write(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "write_text", write_and_make_a_folder)
+    monkeypatch.setattr(Path, "write_bytes", write_and_make_a_folder)
     with pytest.raises(FileError, match=r"--json: .*report.json cannot be written: Is a directory"):
         paths.write_json(target, {}, "--json")
     assert list(tmp_path.iterdir()) == [target]

@@ -44,9 +44,11 @@ def latent(channels: int = 16) -> Tensor:
 def test_decodes_as_diffusers_does(vae_file: Path) -> None:
     with torch.inference_mode():
         image = load_vae(vae_file).decode(latent())
-        want = random_decoder()(latent())
+        want = random_decoder()(latent().to(memory_format=torch.channels_last))
+        contiguous = random_decoder()(latent())
     assert image.shape == (2, 32, 48, 3)
     assert torch.equal(image, ((want + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1))
+    torch.testing.assert_close(want, contiguous)  # the order of the sums, and nothing else
     assert 0 <= float(image.min()) <= float(image.max()) <= 1
 
 

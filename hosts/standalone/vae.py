@@ -51,8 +51,8 @@ class Vae:
         dtype = next(self.decoder.parameters()).dtype
         x = (latent.to(torch.float32) - self.shift) * self.scale
         with running(self) as placed:
-            # Channels last: on a CPU convolutions in bfloat16 then need no copies of their inputs, which were a quarter of
-            # the peak at 512 px (143 -> 111 MiB) and a quarter of the time (0.22 -> 0.16 s for 20 images of the demo).
+            # Channels last: on a CPU convolutions in bfloat16 then copy no inputs, which was a quarter of the peak at
+            # 512 px (143 -> 111 MiB) and of the time (0.22 -> 0.16 s for 20 images of the demo).
             image: Tensor = placed.decoder(x.to(dtype, memory_format=torch.channels_last))  # in [-1, 1]
         return ((image.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 

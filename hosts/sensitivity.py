@@ -142,11 +142,13 @@ class Replay:
         self.looked += 1
 
     def look(self, module: nn.Module, call: Callable[[], Tensor], exact: Tensor) -> None:
-        """Args:
-        call: runs the model again, as it is then.
-        exact: float32, what it gave.
+        """What a subclass does with a call that is chosen.
+
+        Args:
+            call: runs the model again, as it is then.
+            exact: float32, what it gave.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
 
 class Calls(Replay):

@@ -183,7 +183,7 @@ class Partial:
         """Look at what an earlier run left, and remove it unless it can be continued.
 
         Returns:
-            bytes of the journal to continue; 0 to begin anew.
+            bytes of the journal to continue; 0 to begin anew, which is what continuing means where nothing was done.
         Raises:
             FileError: a file at one of our names that is not ours, or tensors of another conversion, which are only
                 thrown away if the user says so.
@@ -217,6 +217,9 @@ class Partial:
                 f"{self.target}: another conversion of this name was interrupted, with {len(done)} tensors done: "
                 f"{other}.\nGive what it was started with to continue it, or --restart to start over."
             )
+        if not done and not seal and was == head and self._resumable:
+            self._resume = False  # killed before the first tensor: continuing it is beginning anew
+            why = "no tensor was done yet"
         if self._resume:
             raise FileError(
                 f"{self.target}: the interrupted conversion of this name cannot be continued: {why}.\n"

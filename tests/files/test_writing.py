@@ -108,6 +108,25 @@ def test_many_interruptions(tmp_path: Path, source: Path, whole: Path) -> None:
     assert sha256(tmp_path / "a.safetensors") == sha256(whole / "a.safetensors")
 
 
+@pytest.mark.parametrize("size", [None, 0, 100])
+def test_resume_after_a_kill_before_the_first_tensor(
+    tmp_path: Path, source: Path, whole: Path, size: int | None
+) -> None:
+    """Before the partial file was made, and before it had its size."""
+    target = tmp_path / "a.safetensors"
+    with pytest.raises(Stop):
+        run(source, target, rules=MIXED, bar=Stopping(9))
+    journal, partial = (target.with_name(f"a.safetensors.partial{end}") for end in (".jsonl", ""))
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    partial.unlink()
+    if size is not None:
+        partial.write_bytes(bytes(size))
+    report = run(source, target, rules=MIXED, resume=True)
+    assert "an interrupted conversion was started over: no tensor was done yet" in report.notes
+    assert names_in(tmp_path) == ["a.safetensors"]
+    assert sha256(target) == sha256(whole / "a.safetensors")
+
+
 def test_resume_and_what_cannot_be_resumed(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "a.safetensors"
     with pytest.raises(FileError, match=r"there is nothing to continue: .*\nLeave --resume out to begin"):

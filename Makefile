@@ -11,15 +11,19 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-comfyui probe lint types format bench formats gguf files pages docs clean
+.PHONY: demo serve test test-slow test-comfyui probe lint types format bench formats gguf files pages docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
 
-test: $(VENV)/.ready
+# The editor on the embedded host, on this machine alone: http://127.0.0.1:8199. ARGS="--port 8200 --models DIR".
+serve: $(VENV)/.ready
+	$(BIN)/quantwire serve $(ARGS)
+
+test: $(VENV)/.ready $(VENV)/.browser
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.ready $(VENV)/triton/.ready
+test-slow: $(VENV)/.ready $(VENV)/.browser $(VENV)/triton/.ready
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
@@ -69,8 +73,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) $(INDEX) "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	  echo "the package index offers no CPU build of torch $(TORCH); installing its default build"; \
 	  $(PIP) $(INDEX) "torch==$(TORCH)"; }
-	$(PIP) --constraint constraints.txt --editable ".[standalone,backends,sdnq,measure,dev]"
+	$(PIP) --constraint constraints.txt --editable ".[standalone,editor,site,backends,sdnq,measure,dev]"
 	touch $@
+
+# A Chromium for tests/browser: the system's, installed where this is Debian or Ubuntu and root. Without one these tests
+# are skipped with that reason, and fail where QUANTWIRE_REQUIRE_BROWSER is set, as .ci/run does.
+$(VENV)/.browser: $(VENV)/.ready
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-wqy-microhei >/dev/null; } || \
+	  echo "no Chromium here, and it cannot be installed: the browser tests will be skipped"
+	@command -v chromium chromium-browser google-chrome >/dev/null && touch $@ || true
 
 # For the tests of the GPU kernels, which run them in Triton's interpreter and compile them without a GPU. Beside the
 # other packages, not among them: some change what they import where they find Triton. 248 MB, Linux only.
@@ -79,8 +92,9 @@ $(VENV)/triton/.ready: $(VENV)/.ready
 	  echo "the package index offers no Triton $(TRITON) for this machine; its tests will be skipped"
 
 # The real host: COMFYUI_PATH is a ComfyUI tree, COMFYUI_PYTHON the Python that runs it.
-test-comfyui: $(VENV)/.ready
+test-comfyui: $(VENV)/.ready $(VENV)/.browser
 	$(BIN)/python -m pytest tests/comfyui
+	QUANTWIRE_EDITOR=comfyui $(BIN)/python -m pytest tests/browser
 
 # Every cell of the compatibility table that this machine can run, in the real libraries; fails where the table is wrong
 # or a library that it was measured with is missing. `quantwire compat --probe --write` measures anew.

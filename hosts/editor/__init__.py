@@ -1,0 +1,1 @@
+"""What the editor extension asks of a host: checks, sizes, formats and their options."""

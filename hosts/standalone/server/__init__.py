@@ -1,0 +1,1 @@
+"""The embedded host behind the real editor: `quantwire serve`."""

@@ -11,7 +11,7 @@ TRITON := 3.8.0
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo serve test test-slow test-comfyui probe lint types format bench formats gguf files pages docs clean
+.PHONY: demo serve test test-slow test-comfyui probe lint types format bench formats gguf files pages pictures docs site clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py --out out/demo
@@ -60,10 +60,22 @@ files: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python benchmarks/measuring_page.py
 
-# The help pages of the nodes, from what quantizers/formats declares, and docs/compatibility.md from quantizers/compat.
+# QuantConfig's help page from what quantizers/formats declares, docs/compatibility.md from quantizers/compat, and
+# locales/ from the nodes and web/: English anew, and empty stubs in the other languages for what is to be translated.
 pages: $(VENV)/.ready
 	$(BIN)/python -m quantwire.quantizers.help --write
 	$(BIN)/python -m quantwire.quantizers.compat.page --write
+	$(BIN)/python -m quantwire.nodes.locale_stubs --write
+
+# The nodes as the editor draws them, for their help pages in both languages.
+pictures: $(VENV)/.ready $(VENV)/.browser
+	$(BIN)/python tests/browser/node_pictures.py
+	$(BIN)/python tests/browser/node_pictures.py --locale zh
+
+# The documentation as a site in out/site, its reference pages made from the code; a warning is an error.
+site: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "out/site/index.html; to read it: $(BIN)/mkdocs serve"
 
 # torch goes in first and pinned, the CPU build where one is offered; the constraints then hold it, so that no other
 # package can bring a CUDA build.

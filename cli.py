@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # modules of `commands/`
 COMMANDS = (
     "inspect", "doctor", "convert", "imatrix", "calibrate", "lint", "compat", "compare", "forecast",
-    "advise", "fit", "recipe", "bench",
+    "advise", "fit", "recipe", "bench", "serve",
 )  # fmt: skip
 OK, BAD_INPUT, BLOCKED, NODE_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 STATUS = {OK: "ok", BAD_INPUT: "bad input", BLOCKED: "blocked", NODE_FAILED: "node failed", INTERRUPTED: "interrupted"}

@@ -20,6 +20,7 @@ CATEGORY = "quantwire"
 FROM_CONFIG = "from config"
 ALL = "all"
 NO_CONFIG = "no QuantConfig is linked to `config`, or the node that is linked found no format"
+LEVELS = ("ok", "unknown", "warn", "block")  # of offload verdicts, the worst last
 LLM = "llm"  # whichever language model is among the encoders
 
 
@@ -117,7 +118,22 @@ def one_line(err: SpecError) -> str:
 def with_report(report: Any, *outputs: Any) -> dict[str, Any]:
     """A node result whose report is also shown as text and kept as data."""
     current().show_text(str(report))
-    return {"ui": {"text": [str(report)], "report": [report.to_dict()]}, "result": outputs}
+    shown = {"text": [str(report)], "report": [report.to_dict()]}
+    badge = badge_of(report)
+    return {"ui": {**shown, "quantwire": [badge]} if badge else shown, "result": outputs}
+
+
+def badge_of(report: Any) -> dict[str, Any]:
+    """The few numbers that the editor shows on the node after a run; empty for a report without any."""
+    badge: dict[str, Any] = {}
+    if getattr(report, "nbytes_in", 0):  # told by its fields: the class takes torch to import
+        badge = {"nbytes_before": report.nbytes_in, "nbytes_after": report.nbytes_out, "sqnr_db": report.sqnr_db}
+        badge |= {"format": report.format_id, "warnings": len(report.warnings)}
+    levels = [v.level.value for found in getattr(report, "verdicts", {}).values() for v in found]
+    if levels:
+        badge["level"] = max(levels, key=LEVELS.index)
+    verdict = getattr(report, "verdict", None)
+    return badge | ({"verdict": verdict} if isinstance(verdict, str) else {})
 
 
 def stamp(paths: Iterable[Path]) -> str:

@@ -44,19 +44,19 @@ class ComfyHost:
         import folder_paths
 
         found: set[str] = set()
-        for root in self._roots(folder):
+        for root in self.roots(folder):
             files, _ = folder_paths.recursive_search(str(root), excluded_dir_names=[".git"])
             found |= {f for f in files if not suffixes or Path(f).suffix.lower() in suffixes}
         return sorted(found)
 
     def resolve(self, folder: str, name: str, suffixes: tuple[str, ...] = ()) -> Path:
-        for root in self._roots(folder):
+        for root in self.roots(folder):
             # By the path as written: a link inside the folder may lead to another disk, `..` may not lead anywhere.
             path = Path(os.path.normpath(root / name))
             if path.is_relative_to(os.path.normpath(root)) and path.is_file():
                 return path
         files = self.list_files(folder, suffixes or ((Path(name).suffix.lower(),) if Path(name).suffix else ()))
-        searched = ", ".join(str(root) for root in self._roots(folder))
+        searched = ", ".join(str(root) for root in self.roots(folder))
         raise FileError(missing(name, searched, files, suffixes))
 
     def components(self, model: Any) -> dict[str, nn.Module]:
@@ -223,7 +223,7 @@ class ComfyHost:
         if node_id is not None:
             server.send_progress_text(text, node_id)
 
-    def _roots(self, folder: str) -> list[Path]:
+    def roots(self, folder: str) -> list[Path]:
         import folder_paths
 
         roots: list[Path] = []

@@ -152,6 +152,9 @@ def _merged(server: NodeType, classes: Mapping[str, type], name: str) -> NodeTyp
     for i in known.inputs.values() if known else ():
         if i.folder and i.name in server.inputs:
             server = server.with_folder(i.name, i.folder)
+    for i, folder in PACK_FOLDERS.get(name, {}).items() if name in classes else ():
+        if i in server.inputs:
+            server = server.with_folder(i, folder)
     return server
 
 

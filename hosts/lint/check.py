@@ -40,6 +40,7 @@ class Checks:
         files: None: model files are not looked for.
         live: ids of the nodes that run.
         strict: an unknown node is an error, whether it may be a pack's or not.
+        here: the catalog's server is this process.
     """
 
     graph: Graph
@@ -51,6 +52,7 @@ class Checks:
     files: ModelFiles | None
     live: set[str]
     strict: bool = False
+    here: bool = False
 
     def run(self) -> list[Finding]:
         found = list(self.each())
@@ -69,7 +71,7 @@ class Checks:
             if node.class_type == COMPAT and node.id not in self.live:
                 message = "no output needs it, so it never runs and checks nothing."
                 yield Finding(Level.WARNING, "unused-check", node.place, message, ("Link its model to the sampler.",))
-            if node.id in self.live and self.catalog.server is None:
+            if node.id in self.live and (self.here or self.catalog.server is None):
                 yield from self.runnable(node)
         if self.host is HostName.COMFYUI:
             yield from self.packs()
@@ -285,7 +287,7 @@ class Checks:
                 remedies = (*remedies, MAKE_ONE) if node.class_type == "LoadGGUF" else remedies
                 data = {"input": i.name, "file": value, "folder": i.folder}
                 yield Finding(Level.ERROR, "missing-model", node.place, f"{i.name}: {message}", remedies, data)
-            elif isinstance(value, str) and self.catalog.server is None:
+            elif isinstance(value, str) and (self.here or self.catalog.server is None):
                 yield from self.damaged(node, i, value)
 
     def damaged(self, node: Node, i: Input, value: str) -> Iterator[Finding]:
@@ -314,7 +316,7 @@ class Checks:
         """Formats whose library is absent or does not run on this machine."""
         if self.files is None:  # who has no models here runs the file elsewhere
             return
-        here = self.host is HostName.STANDALONE
+        here = self.here or self.host is HostName.STANDALONE
         level = Level.ERROR if here else Level.WARNING
         where = "on this machine" if here else "in the Python that checks; ComfyUI's may have other libraries"
         wanted: Iterable[str] = formats(self.graph, node) if node.class_type in FORMAT_NODES else ()

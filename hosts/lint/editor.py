@@ -30,7 +30,7 @@ from .boxes import (
     type_of,
 )
 from .catalog import Catalog
-from .graph import Finding, Graph, Level, Node, shortened
+from .graph import FileLink, Finding, Graph, Holder, Level, Node, shortened
 from .widgets import named_values, values_by_names
 
 NEVER, BYPASS = 2, 4
@@ -101,6 +101,7 @@ class _Reader:
         self.catalog = catalog
         self.findings: list[Finding] = []
         self.ends: dict[tuple[str, str, str], Link | Value | None] = {}
+        self.boxes: dict[str, tuple[Instance, Mapping[str, Any]]] = {}
         self.subgraphs = {i: self.scope(d, str(d.get("name", ""))) for i, d in definitions(data)}
 
     def add(self, level: Level, code: str, place: NodePlace | None, message: str, *remedies: str) -> None:
@@ -126,11 +127,12 @@ class _Reader:
                 if self.runs(instance, box):
                     node = self.node(instance, box)
                     nodes[node.id] = node
+                    self.boxes[node.id] = (instance, box)
         if not any(i.scope.nodes for i in instances):
             raise WorkflowError("the workflow has no nodes.")
         # A muted source is gone, and the input with it.
         kept = {i: _without_lost_links(node, nodes) for i, node in nodes.items()}
-        return Graph(kept, "editor", tuple(self.findings), broadcast)
+        return Graph(kept, "editor", tuple(self.findings), broadcast, self)
 
     # --- the parts of the file ---------------------------------------------------------------------------------
 
@@ -270,6 +272,43 @@ class _Reader:
         self.ends.update(dict.fromkeys(passed, end))
         return end
 
+    def trail(self, node_id: str, name: str) -> list[FileLink]:
+        """The links of the file from an input of a node back to the node that gives its value."""
+        return [FileLink(tuple(i.prefix.split(":")[:-1]), link) for i, link in self.passed(node_id, name)[0]]
+
+    def holder(self, node_id: str, name: str) -> Holder | None:
+        """The widget that decides an input's value: the node's own, one on a subgraph around it, or a PrimitiveNode's;
+        None where no widget does."""
+        instance, box = self.boxes[node_id]
+        steps, end = self.passed(node_id, name)
+        if not steps:
+            if (str(box["id"]), name) in instance.promoted:
+                return _holder_around(instance, name)
+            return Holder(node_id, name, id(box))
+        if not isinstance(end, Value) or not end.known:
+            return None
+        last, link = steps[-1]
+        edge = last.scope.edges[link]
+        if last.parent is None or edge.source != last.scope.into:
+            return Holder(f"{last.prefix}{edge.source}", "value", id(last.scope.nodes[edge.source]))
+        outer = last.scope.inputs[edge.output]
+        return _holder_around(last if ("", outer) in last.promoted else last.parent, outer)
+
+    def passed(self, node_id: str, name: str) -> tuple[list[tuple[Instance, str]], Link | Value | None]:
+        """The links that an input's value comes through, and what is at their end."""
+        instance, box = self.boxes[node_id]
+        slot = next((s for s in slots_of(box, "inputs") if name_of(s) == name and s.get("link") is not None), None)
+        found: list[tuple[Instance, str]] = []
+        at: tuple[Instance, str] | Link | Value | None = (instance, str(slot["link"])) if slot is not None else None
+        seen: set[tuple[str, str]] = set()
+        while at is not None and not isinstance(at, (Link, Value)):
+            if (key := (at[0].prefix, at[1])) in seen:  # a link that leads to itself
+                return found, None
+            seen.add(key)
+            found.append(at)
+            at = self.step(*at, type_of(slot) if slot is not None else "*")
+        return found, at
+
     def step(self, instance: Instance, link: str, wanted: str) -> tuple[Instance, str] | Link | Value | None:
         """The next link to follow, or the end."""
         edge = instance.scope.edges.get(link)
@@ -341,6 +380,10 @@ class _Reader:
         place = self.place(instance, box)
         self.add(Level.WARNING, "lost-get", place, f"there is no SetNode named {shortened(str(name), 60)!r}.")
         return None
+
+
+def _holder_around(instance: Instance, name: str) -> Holder | None:
+    return Holder(instance.prefix[:-1], name, id(instance.box)) if instance.parent is not None else None
 
 
 def _following(instance: Instance, slot: Mapping[str, Any] | None) -> tuple[Instance, str] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...quantizers.errors import FileError, near
 from ..standalone.folders import ModelFolders
@@ -33,15 +34,31 @@ NATIVE: Mapping[str, str] = {
 BNB_MARKS = {".quant_state.bitsandbytes__nf4": "bnb-nf4", ".quant_state.bitsandbytes__fp4": "bnb-fp4"}
 
 
+class Header(NamedTuple):
+    """What the header of a file tells: the formats inside, or why it cannot be read."""
+
+    formats: tuple[str, ...]
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What was read of files, by path, time and size; kept from one check to the next by a host that runs on."""
+
+    read: dict[tuple[Path, int, int], Header] = field(default_factory=lambda: dict[tuple[Path, int, int], Header]())
+    layers: dict[tuple[Path, int, int], tuple[str, ...]] = field(
+        default_factory=lambda: dict[tuple[Path, int, int], tuple[str, ...]]()
+    )
+
+
 class ModelFiles:
     """The model folders, listed and read once each."""
 
-    def __init__(self, host: ModelFolders) -> None:
+    def __init__(self, host: ModelFolders, headers: Headers | None = None) -> None:
         self.host = host
         self._lists: dict[str, list[str]] = {}
-        self._formats: dict[Path, tuple[str, ...]] = {}
-        self._faults: dict[Path, str] = {}
-        self._layers: dict[Path, tuple[str, ...]] = {}
+        self._found: dict[tuple[str, str], Path | None] = {}
+        self._headers = headers if headers is not None else Headers()
 
     def names(self, folder: str) -> list[str]:
         if folder not in self._lists:
@@ -52,12 +69,11 @@ class ModelFiles:
 
     def find(self, folder: str, name: str) -> Path | None:
         """The path of a file; None where it is not there."""
-        for part in FOLDERS.get(folder, (folder,)):
-            try:
-                return self.host.resolve(part, name)
-            except FileError:
-                continue
-        return None
+        if (folder, name) not in self._found:
+            paths = (path for part in FOLDERS.get(folder, (folder,)) for path in self.host.candidates(part, name))
+            # False, too, for a name that no file system takes.
+            self._found[folder, name] = next((path for path in paths if os.path.isfile(path)), None)
+        return self._found[folder, name]
 
     def missing(self, folder: str, name: str, *, listed: bool) -> tuple[str, tuple[str, ...]] | None:
         """(message, remedies) for a file that is not there; None where it is.
@@ -106,13 +122,18 @@ class ModelFiles:
 
     def formats(self, path: Path) -> tuple[str, ...]:
         """Ids of the quantized formats inside, from the header; empty for a plain or unreadable file."""
-        if path not in self._formats:
+        return self._header(path).formats
+
+    def _header(self, path: Path) -> Header:
+        key = _state(path)
+        if key not in self._headers.read:
             try:
                 read = gguf_formats if path.suffix.lower() == ".gguf" else safetensors_formats
-                self._formats[path] = tuple(read(path)) if path.suffix.lower() in SUFFIXES else ()
+                found = Header(tuple(read(path)) if path.suffix.lower() in SUFFIXES else ())
             except (FileError, OSError) as err:
-                self._formats[path], self._faults[path] = (), str(err)
-        return self._formats[path]
+                found = Header((), str(err))
+            self._headers.read[key] = found
+        return self._headers.read[key]
 
     def layer_formats(self, path: Path) -> tuple[str, ...]:
         """Formats of all layers that are quantized in a model's files, by every scheme that LoadQuantized knows."""
@@ -120,18 +141,27 @@ class ModelFiles:
         from ...quantizers.files.schemes.scan import scan
         from ...quantizers.files.whole_model import model_of
 
-        if path not in self._layers:
+        key = _state(path)
+        if key not in self._headers.layers:
             try:
                 layers = scan(open_model(model_of(path))).layers.values()
             except (FileError, OSError):
                 layers = ()
-            self._layers[path] = tuple({layer.format_id: None for layer in layers if layer.format_id})
-        return self._layers[path]
+            self._headers.layers[key] = tuple({layer.format_id: None for layer in layers if layer.format_id})
+        return self._headers.layers[key]
 
     def fault(self, path: Path) -> str:
         """Why the header of a file cannot be read; empty where it can, and for files of other kinds."""
-        self.formats(path)
-        return self._faults.get(path, "")
+        return self._header(path).fault
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
+    """A file that was replaced has another."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return path, 0, 0
+    return path, stat.st_mtime_ns, stat.st_size
 
 
 SUFFIXES = (".gguf", ".safetensors", ".sft")

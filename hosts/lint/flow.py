@@ -71,6 +71,7 @@ class Flow:
     Args:
         offload: the mode given on the command line.
         live: ids of the nodes that run.
+        in_force: `offload` is what the host does now, which splits only what does not fit.
     """
 
     graph: Graph
@@ -79,6 +80,7 @@ class Flow:
     host: HostName
     offload: OffloadMode | None
     live: set[str]
+    in_force: bool = False
     findings: list[Finding] = field(default_factory=lambda: list[Finding]())
     _out: dict[tuple[str, int], Streams] = field(default_factory=lambda: dict[tuple[str, int], Streams]())
     _ran: set[Stream] = field(default_factory=lambda: set[Stream]())
@@ -93,8 +95,10 @@ class Flow:
 
     @property
     def given(self) -> Use | None:
-        """The mode of the command line."""
-        return Use(self.offload) if self.offload is not None else None
+        """The mode of the command line, or that of the running host."""
+        if self.offload is None:
+            return None
+        return Use(self.offload, sized=self.in_force and self.offload in (OffloadMode.PARTIAL, OffloadMode.BALANCED))
 
     def run(self) -> list[Finding]:
         used = self.used_outputs()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from ..standalone.workflow import Link, NodePlace, Prompt, PromptNode, as_link
 
@@ -39,6 +39,7 @@ class Finding:
         code: permanent name of the kind of finding, for programs.
         remedies: what to do, best first.
         data: further values, for programs.
+        conflict: the `Conflict` of an offload finding, for who offers its ways out as changes of widgets.
     """
 
     level: Level
@@ -47,6 +48,7 @@ class Finding:
     message: str
     remedies: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
+    conflict: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # A file may hold anything, and what it holds is quoted here.
@@ -94,6 +96,30 @@ class Node:
         return NodePlace(self.id, self.title, self.class_type)
 
 
+class FileLink(NamedTuple):
+    """A link of an editor file: the ids of the subgraph nodes that it stands in, and its own."""
+
+    path: tuple[str, ...]
+    id: str
+
+
+class Holder(NamedTuple):
+    """A widget of an editor file: the id of its node with those of the subgraphs around it, and its name.
+
+    `box` is the same for the same entry of the file, which a subgraph that is used twice has once.
+    """
+
+    node_id: str
+    widget: str
+    box: int
+
+
+class File(Protocol):
+    def trail(self, node_id: str, name: str) -> list[FileLink]: ...
+
+    def holder(self, node_id: str, name: str) -> Holder | None: ...
+
+
 @dataclass(frozen=True)
 class Graph:
     """The nodes of a workflow by id, in the file's order.
@@ -102,12 +128,14 @@ class Graph:
         form: "editor" or "api".
         findings: what the file itself has wrong.
         open: inputs without a link may get one when the graph is queued, from nodes that broadcast values.
+        file: what the editor's file has and the graph has no more; None in API form.
     """
 
     nodes: Mapping[str, Node]
     form: str
     findings: tuple[Finding, ...] = ()
     open: bool = False
+    file: File | None = field(default=None, compare=False, repr=False)
 
     def prompt(self, source: str) -> Prompt:
         """The API form, for the checks of the embedded host."""

@@ -15,7 +15,7 @@ from ..standalone.workflow import parse_workflow, read_json
 from .catalog import Catalog, NodeType, core_nodes, foreign
 from .check import Checks, embedded, outputs
 from .editor import is_editor_form, read_editor
-from .files import ModelFiles
+from .files import Headers, ModelFiles
 from .flow import COMPAT, Flow
 from .graph import Finding, Graph, Level, from_prompt, shortened
 from .sources import Sources
@@ -34,6 +34,10 @@ class Options:
         known: patterns of node ids that are there, whoever brings them.
         server: a server's node types.
         strict: an unknown node is an error, whether it may be a pack's or not.
+        folders: asked for model files in place of `models`.
+        here: `server` is this process: its libraries and model files are those of the run.
+        in_force: `offload` is what the host does now, which splits only what does not fit.
+        headers: of model files that earlier checks have read.
     """
 
     offload: OffloadMode | None = None
@@ -43,6 +47,10 @@ class Options:
     known: tuple[str, ...] = ()
     server: Mapping[str, NodeType] | None = None
     strict: bool = False
+    folders: ModelFolders | None = None
+    here: bool = False
+    in_force: bool = False
+    headers: Headers | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,9 @@ class Linter:
 
         self.own = frozenset(pack)
         self.classes = {**CORE_NODES, **pack}
-        self._models = ModelFolders(self.options.models)
-        self._files = ModelFiles(self._models)
-        self._catalog = Catalog(pack, CORE_NODES, self.options.server)
+        self._models = self.options.folders or ModelFolders(self.options.models)
+        self.files = ModelFiles(self._models, self.options.headers)
+        self.catalog = Catalog(pack, CORE_NODES, self.options.server)
 
     def check(self, path: Path, given: bool = True) -> FileReport:
         """Never raises for what a file holds.
@@ -94,8 +102,7 @@ class Linter:
             if not given and not _may_be_workflow(data):
                 note = Finding(Level.NOTE, "no-workflow", None, "JSON of another kind than a workflow; left out.")
                 return FileReport(path, (note,))
-            with use(self._models):
-                return self._check(path, data)
+            return self.check_data(data, path)[0]
         except OSError as err:
             message = f"cannot be checked: {err}"
             return FileReport(path, (Finding(Level.ERROR, "unreadable", None, message),))
@@ -104,17 +111,35 @@ class Linter:
             remedies = tuple(shortened(line, 300) for line in rest.splitlines()[:3])
             return FileReport(path, (Finding(Level.ERROR, "unreadable", None, shortened(first, 600), remedies),))
 
-    def _check(self, path: Path, data: Any) -> FileReport:
-        graph = self._graph(data, str(path))
+    def check_data(self, data: Any, path: Path = Path("the workflow")) -> tuple[FileReport, Graph]:
+        """The findings of a workflow that has been read, and the graph that it became.
+
+        Args:
+            data: JSON of either form; not modified.
+            path: what messages call it.
+        Raises:
+            WorkflowError: it is no workflow.
+        """
+        with use(self._models):
+            graph = self.read(data, str(path))
+        return self.check_graph(graph, path), graph
+
+    def check_graph(self, graph: Graph, path: Path) -> FileReport:
+        with use(self._models):
+            return self._check(path, graph)
+
+    def _check(self, path: Path, graph: Graph) -> FileReport:
         host = self.options.host or self.host_of(graph)
-        roots = outputs(graph, self._catalog)
+        roots = outputs(graph, self.catalog)
         live = graph.needed(roots) if roots else set(graph.nodes)
         findings = [*graph.findings]
-        flow = Flow(graph, self._catalog, Sources(graph, self._files), host, self.options.offload, live)
+        now = self.options.in_force
+        flow = Flow(graph, self.catalog, Sources(graph, self.files), host, self.options.offload, live, now)
         findings += flow.run()
-        files = self._files if self.options.find_models else None
+        files = self.files if self.options.find_models else None
         checks = Checks(
-            *(graph, self._catalog, self.classes, self.own, host, self.options.known, files, live, self.options.strict)
+            *(graph, self.catalog, self.classes, self.own, host, self.options.known, files, live),
+            *(self.options.strict, self.options.here),
         )
         found = checks.run()
         if host is HostName.STANDALONE:
@@ -124,15 +149,15 @@ class Linter:
                 if f.code == "missing-model" and f.place is not None
             }
             if not self.options.find_models:
-                missing |= {(n.id, i) for n in graph.nodes.values() for i in self._file_inputs(n.class_type)}
+                missing |= {(n.id, i) for n in graph.nodes.values() for i in self.file_inputs(n.class_type)}
             found += embedded(graph, str(path), self.classes, missing)
         return FileReport(path, _sorted([*findings, *found], graph), graph.form, host, len(graph.nodes))
 
-    def _graph(self, data: Any, source: str) -> Graph:
-        return read_editor(data, self._catalog) if is_editor_form(data) else from_prompt(parse_workflow(data, source))
+    def read(self, data: Any, source: str) -> Graph:
+        return read_editor(data, self.catalog) if is_editor_form(data) else from_prompt(parse_workflow(data, source))
 
-    def _file_inputs(self, class_type: str) -> list[str]:
-        node_type = self._catalog.find(class_type)
+    def file_inputs(self, class_type: str) -> list[str]:
+        node_type = self.catalog.find(class_type)
         return [i.name for i in node_type.inputs.values() if i.folder] if node_type else []
 
     def host_of(self, graph: Graph) -> HostName:

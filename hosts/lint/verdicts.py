@@ -44,6 +44,19 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Conflict:
+    """What an offload finding was worked out from.
+
+    Attributes:
+        ways: as many as the finding has remedies, in their order.
+    """
+
+    held: Held
+    mode: OffloadMode
+    ways: tuple[Remedy, ...]
+
+
+@dataclass(frozen=True)
 class Verdicts:
     """For one file.
 
@@ -91,7 +104,9 @@ class Verdicts:
             "from": h.origin.node_id,
         }
         code = "offload-conflict" if verdict is VerdictLevel.BLOCK else "offload"
-        return Finding(level, code, place, message, self.ways_out(place, h, use, host), data)
+        ways = self.ways_out(h, use, host)
+        conflict = Conflict(h, mode, ways)
+        return Finding(level, code, place, message, self.told(place, h, ways), data, conflict)
 
     def untold(self, place: NodePlace, h: Held, use: Use, host: HostName) -> Finding | None:
         """A format that is chosen when the graph runs; None where none of them is stopped."""
@@ -108,10 +123,14 @@ class Verdicts:
         remedy = f"Choose the format in {h.origin} to have it judged, or set its `carrier` to quantwire."
         return Finding(Level.NOTE, "not-judged", place, message, (remedy,), {"from": h.origin.node_id})
 
-    def ways_out(self, place: NodePlace, h: Held, use: Use, host: HostName) -> tuple[str, ...]:
-        """Those of the table that this file's host has, with this file's nodes named."""
+    def ways_out(self, h: Held, use: Use, host: HostName) -> tuple[Remedy, ...]:
+        """Those of the table that this file's host has."""
         ways = offered(h.carrier, h.key, use.mode, host=host, variant=use.variant)
-        texts = [_in_file(way, h) for way in ways if host is self.host or way.kind in ANYWHERE]
+        return tuple(way for way in ways if host is self.host or way.kind in ANYWHERE)
+
+    def told(self, place: NodePlace, h: Held, ways: tuple[Remedy, ...]) -> tuple[str, ...]:
+        """As texts, with this file's nodes named."""
+        texts = [_in_file(way, h) for way in ways]
         if self.has_check:
             return tuple(texts)
         new = f"in an OffloadCompat that you put before {place}"

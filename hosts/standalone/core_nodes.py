@@ -166,7 +166,11 @@ class VAEDecode:
         }
 
     def decode(self, vae: Any, samples: Any) -> tuple[Any]:
-        return (vae.decode(samples["samples"]),)
+        from .progress import show_decoded
+
+        images = vae.decode(samples["samples"])
+        show_decoded(samples["samples"], images)
+        return (images,)
 
 
 class PreviewAny:

@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,28 @@ class Executor:
         """Stop the run in progress at its next progress update or node. Any thread; no effect on a later run."""
         self._cancel.set()
 
-    def run(self, prompt: Prompt | Mapping[str, Any], extra_pnginfo: Mapping[str, Any] | None = None) -> RunResult:
+    def forget(self) -> None:
+        """Drop all cached results and node instances, and so the models that only they hold.
+
+        Raises:
+            RuntimeError: a run is in progress.
+        """
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("This executor is running a workflow; interrupt it or wait for it first.")
+        try:
+            self._cache = {}
+            self._instances = {}
+        finally:
+            self._running.release()
+
+    def run(
+        self,
+        prompt: Prompt | Mapping[str, Any],
+        extra_pnginfo: Mapping[str, Any] | None = None,
+        targets: Collection[str] | None = None,
+        cancel: threading.Event | None = None,
+        listener: Listener | None = None,
+    ) -> RunResult:
         """Validate, then run every output node and what it needs.
 
         In the main thread the first Ctrl-C acts as `interrupt()` and a second one stops at once, unless the program has
@@ -87,6 +108,9 @@ class Executor:
         Args:
             prompt: or its JSON in API form.
             extra_pnginfo: for nodes with the hidden input EXTRA_PNGINFO.
+            targets: ids of the output nodes to run; None: all.
+            cancel: stops this run when it is set, also before it begins; `interrupt()` sets it.
+            listener: who hears of this run; None: who was named when the executor was made.
         Raises:
             WorkflowError: the workflow has problems; nothing ran.
             NodeFailed: a node raised. QuantwireError and out-of-memory errors come as they are, and raw errors of
@@ -98,25 +122,35 @@ class Executor:
         if not self._running.acquire(blocking=False):
             raise RuntimeError("This executor is running a workflow already; wait for it or use another executor.")
         try:
-            self._cancel.clear()
+            self._cancel = cancel or threading.Event()
             with first_sigint_sets(self._cancel):
-                return self._checked_run(prompt, extra_pnginfo)
+                return self._checked_run(prompt, extra_pnginfo, targets, listener or self._listener)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted.") from None
         finally:
             self._running.release()
 
-    def _checked_run(self, prompt: Prompt | Mapping[str, Any], extra_pnginfo: Mapping[str, Any] | None) -> RunResult:
+    def _checked_run(
+        self,
+        prompt: Prompt | Mapping[str, Any],
+        extra_pnginfo: Mapping[str, Any] | None,
+        targets: Collection[str] | None,
+        listener: Listener,
+    ) -> RunResult:
         prompt = prompt if isinstance(prompt, Prompt) else parse_workflow(prompt)
-        checked = check(prompt, self._classes)
+        checked = check(prompt, self._classes, targets)
         raise_problems(checked.problems, prompt.source)
         for warning in checked.warnings:
             _log.warning("%s", warning)
         import torch
 
         with torch.inference_mode():
-            run = _Run(self, prompt, checked, extra_pnginfo)
+            run = _Run(self, prompt, checked, extra_pnginfo, listener)
             keys = set(run.keys.values())
+            if targets is not None:  # what the other outputs of the same prompt can use stays as well
+                whole = check(prompt, self._classes)
+                if not whole.problems:
+                    keys.update(_Run(self, prompt, whole, extra_pnginfo, listener).keys.values())
             self._cache = {key: entry for key, entry in self._cache.items() if key in keys}
             used = {(node_id, run.node_class(node_id)) for node_id in checked.order}
             self._instances = {key: obj for key, obj in self._instances.items() if key in used}
@@ -133,10 +167,15 @@ class _Run:
     """The state of one run."""
 
     def __init__(
-        self, executor: Executor, prompt: Prompt, checked: Checked, extra_pnginfo: Mapping[str, Any] | None
+        self,
+        executor: Executor,
+        prompt: Prompt,
+        checked: Checked,
+        extra_pnginfo: Mapping[str, Any] | None,
+        listener: Listener,
     ) -> None:
         self.executor = executor
-        self.listener = executor._listener
+        self.listener = listener
         self.prompt = prompt
         self.checked = checked
         self.extra_pnginfo = extra_pnginfo
@@ -154,9 +193,10 @@ class _Run:
 
     def run(self) -> RunResult:
         cache = self.executor._cache
-        for node_id in self.checked.order:
-            if self.keys[node_id] in cache:
-                self.note_cached(node_id, cache[str(self.keys[node_id])])
+        cached = [node_id for node_id in self.checked.order if self.keys[node_id] in cache]
+        self.listener.run_start(cached)
+        for node_id in cached:
+            self.note_cached(node_id, cache[str(self.keys[node_id])])
         for node_id in self.checked.outputs:
             self.evaluate(node_id)
             self.result.results[node_id] = self.entries[node_id].result

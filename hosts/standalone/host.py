@@ -190,7 +190,10 @@ class StandaloneHost(ModelFolders):
         return set_offload(model, settings)
 
     def show_text(self, text: str) -> None:
-        """The command line prints a node's text when the run is over."""
+        # To the editor, if one listens; the command line prints a node's text when the run is over.
+        from .progress import show_text
+
+        show_text(text)
 
     def progress(self, items: Iterable[Any], total: int) -> Iterable[Any]:
         from .progress import progress

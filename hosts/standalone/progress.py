@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,12 +31,24 @@ class Listener:
     Calls come from the thread that runs the workflow, `progress` also from a thread that a node started.
     """
 
+    def run_start(self, cached: Sequence[str]) -> None:
+        """Everything was checked; `cached` holds the ids of the nodes whose results are there already."""
+
     def node_start(self, node: PromptNode) -> None: ...
 
     def node_cached(self, node: PromptNode, ui: Mapping[str, Any] | None) -> None: ...
 
     def progress(self, node: PromptNode, bar: Progress) -> None:
         """After every change of `bar`: when it opens, at each update, and once more when it closes."""
+
+    def text(self, node: PromptNode, text: str) -> None:
+        """What a node says of itself while it runs."""
+
+    def preview(self, node: PromptNode, latent: Any) -> None:
+        """(B, C, H, W) latent that a sampler has so far, of noise rid as well as the model can; not to be modified."""
+
+    def decoded(self, node: PromptNode, latent: Any, images: Any) -> None:
+        """A latent (B, C, H, W) and the images (B, 8H, 8W, 3) in [0, 1] that a VAE made of it."""
 
     def node_done(self, node: PromptNode, seconds: float, ui: Mapping[str, Any] | None) -> None: ...
 
@@ -77,6 +89,27 @@ def check_interrupted() -> None:
     scope = _scope.get()
     if scope is not None:
         scope.check()
+
+
+def show_text(text: str) -> None:
+    """Tell the listener what the node that runs now says of itself."""
+    scope = _scope.get()
+    if scope is not None:
+        scope.listener.text(scope.node, text)
+
+
+def show_preview(latent: Any) -> None:
+    """Offer the listener the latent that a sampler has so far: (B, C, H, W), denoised as well as the model can."""
+    scope = _scope.get()
+    if scope is not None:
+        scope.listener.preview(scope.node, latent)
+
+
+def show_decoded(latent: Any, images: Any) -> None:
+    """Tell the listener which images (B, 8H, 8W, 3) a VAE made of a latent (B, C, H, W)."""
+    scope = _scope.get()
+    if scope is not None:
+        scope.listener.decoded(scope.node, latent, images)
 
 
 @dataclass(eq=False)

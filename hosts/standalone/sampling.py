@@ -19,7 +19,7 @@ from . import flux
 from .guard import check_before
 from .models import DiffusionModel
 from .offload import running
-from .progress import progress
+from .progress import progress, show_preview
 from .record import recorded
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
@@ -85,8 +85,10 @@ def sample(
     conditions = [positive[0]] if cfg == 1.0 else [positive[0], negative[0]]
     with running(model) as placed, recorded(placed), progress(steps, "sampling") as bar:
         for now, then in itertools.pairwise(levels):
-            v = [_velocity(placed, x, now, c) for c in conditions]
-            x = x + (then - now) * (v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1]))
+            by = [_velocity(placed, x, now, c) for c in conditions]
+            v = by[0] if len(by) == 1 else by[1] + cfg * (by[0] - by[1])
+            show_preview((x - now * v) / flux.LATENT_SCALE + flux.LATENT_SHIFT)  # where the path from here ends
+            x = x + (then - now) * v
             if after_step is not None:
                 after_step()
             bar.update(1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,13 @@ def order(prompt: Prompt, node_classes: Mapping[str, type]) -> list[str]:
     return checked.order
 
 
-def check(prompt: Prompt, node_classes: Mapping[str, type]) -> Checked:
-    """`validate` and `order` in one pass, with the converted inputs."""
-    return _Checker(prompt, node_classes).run()
+def check(prompt: Prompt, node_classes: Mapping[str, type], targets: Collection[str] | None = None) -> Checked:
+    """`validate` and `order` in one pass, with the converted inputs.
+
+    Args:
+        targets: only these output nodes and what they need are looked at; None: all, and every node of no known class.
+    """
+    return _Checker(prompt, node_classes, targets).run()
 
 
 def raise_problems(problems: Iterable[Problem], source: str = "the workflow") -> None:
@@ -171,8 +175,9 @@ def _one_line(text: object) -> str:
 
 
 class _Checker:
-    def __init__(self, prompt: Prompt, node_classes: Mapping[str, type]) -> None:
+    def __init__(self, prompt: Prompt, node_classes: Mapping[str, type], targets: Collection[str] | None) -> None:
         self.prompt = prompt
+        self.targets = targets
         self.classes = node_classes
         self.specs: dict[str, NodeSpec | str] = {}
         self.bound: dict[str, BoundNode] = {}
@@ -193,6 +198,9 @@ class _Checker:
         outputs = [i for i, n in nodes.items() if getattr(self.classes.get(n.class_type), "OUTPUT_NODE", False) is True]
         # A class that this host lacks may be an output, so it counts as one: its branch is checked and it is reported.
         unknown = [i for i, n in nodes.items() if self.classes.get(n.class_type) is None]
+        if self.targets is not None:
+            outputs = [i for i in outputs if i in self.targets]
+            unknown = []
         found_order, cycles = _walk([*outputs, *unknown], lambda i: self.bind(nodes[i]).links.values())
         for cycle in cycles:
             steps = [f"{i} ({nodes[i].class_type})" for i in (*reversed(cycle), cycle[-1])]

@@ -37,6 +37,8 @@ DIFFUSERS_GGUF = tuple(
     for name in ("q8-0", "q4-0", "q4-1", "q5-0", "q5-1", "q2-k", "q3-k", "q4-k", "q5-k", "q6-k", "iq4-nl", "iq4-xs")
 )
 NO_LAYER = ("nncf-nf4",)  # NNCF has the data type, and no layer for it in torch
+# Their libraries change a whole model, so the Quantize nodes cannot make such layers with carrier library.
+WHOLE_MODEL = ("nncf", "layerwise")
 
 # Worst first: where one of several variants is in force and nobody knows which.
 _WORST = (VerdictLevel.BLOCK, VerdictLevel.WARN, VerdictLevel.UNKNOWN, VerdictLevel.OK)

@@ -15,7 +15,7 @@ from enum import Enum
 from ..registry import format_ids, get_entry, is_format
 from .comfyui_rules import GATHERED, LAUNCH_FLAGS, LOADED, STREAMED, LaunchFlag
 from .find import Found
-from .matrix import answer
+from .matrix import DIFFUSERS_GGUF, NO_LAYER, WHOLE_MODEL, answer
 from .modes import VARIANTS, Carrier, HostName, OffloadMode, VerdictLevel
 from .row import Cell
 
@@ -296,7 +296,8 @@ def _formats(c: _Conflict) -> Iterator[Remedy]:
     most = _bits(c.format_id) * MOST_BITS
     others = [f for f in format_ids() if f != c.format_id and get_entry(f).bits <= most]
     if c.carrier is not Carrier.QUANTWIRE:
-        able = [f for f in others if list(_offer(c, RemedyKind.FORMAT, f, "", key=f))]
+        makable = [f for f in others if c.carrier is not Carrier.LIBRARY or has_layer(f, c.host)]
+        able = [f for f in makable if list(_offer(c, RemedyKind.FORMAT, f, "", key=f))]
         if able:
             near = _nearest(c, able)
             holder = "its library's" if c.carrier is Carrier.LIBRARY else "the host's"
@@ -309,6 +310,14 @@ def _formats(c: _Conflict) -> Iterator[Remedy]:
         near = _nearest(c, native)
         text = f"Load a file in ComfyUI's own format {near} with UNETLoader: the host streams its own layers."
         yield from _offer(c, RemedyKind.FORMAT, near, text, carrier=Carrier.HOST, key=near)
+
+
+def has_layer(format_id: str, host: HostName) -> bool:
+    """Whether the Quantize nodes can make a format with carrier library: its library has a layer of its own."""
+    backend = get_entry(format_id).backend
+    if backend == "gguf":  # diffusers' layer, which the embedded host uses
+        return host is HostName.STANDALONE and format_id in DIFFUSERS_GGUF
+    return backend not in WHOLE_MODEL and format_id not in NO_LAYER
 
 
 def _nearest(c: _Conflict, formats: list[str]) -> str:

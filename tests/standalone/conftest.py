@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from quantwire.cli import main
+from server_process import server_process  # noqa: F401 (one server for the modules that share it)
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 ERROR = re.compile(r"[A-Z]\w*(Error|Workflow|Failed|Conflict|Unavailable): ")

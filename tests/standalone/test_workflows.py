@@ -1,8 +1,10 @@
-"""The shipped workflows: both files of each are current, describe one graph, and run."""
+"""The shipped workflows: both files of each are current and one graph, well laid out, and those of the demo run."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from PIL import Image
 from quantwire.cli import main
 from quantwire.hosts import use
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
+from quantwire.hosts.standalone.foreign_nodes import definitions
 from quantwire.hosts.standalone.host import StandaloneHost
 from quantwire.hosts.standalone.validate import validate
 from quantwire.hosts.standalone.workflow import load_workflow
@@ -20,8 +23,12 @@ from quantwire.workflows import build
 
 FOLDER = Path(build.__file__).parent
 NAMES = [w.name for w in build.WORKFLOWS]
+DEMO = [w.name for w in build.DEMO]
 CLASSES: dict[str, Any] = {**CORE_NODES, **NODE_CLASS_MAPPINGS}
 IMAGES = {"full_precision": 1, "quantized": 1, "gguf": 1, "conflict": 0, "side_by_side": 2}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+BRANCHING = "COMFY_DYNAMICCOMBO_V3"
+TITLE = 30  # height of a node's title bar, above its `pos`
 
 
 def read(path: Path) -> Any:
@@ -29,11 +36,33 @@ def read(path: Path) -> Any:
 
 
 def test_files_are_what_build_writes() -> None:
-    """Run `python -m quantwire.workflows.build` after a change of the nodes or of build.py."""
+    """Run `python -m quantwire.workflows.build` after a change of the nodes or of what describes the workflows."""
     rendered = build.rendered()
     assert {p.relative_to(FOLDER) for p in FOLDER.rglob("*.json")} == {p.relative_to(FOLDER) for p in rendered}
     for path, text in rendered.items():
         assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def declared_inputs(kind: str) -> dict[str, Any]:
+    types = CLASSES[kind].INPUT_TYPES() if kind in CLASSES else definitions()[kind]["input"]
+    return {**types.get("required", {}), **types.get("optional", {})}
+
+
+def read_widgets(specs: dict[str, Any], values: Iterator[Any], prefix: str = "") -> dict[str, Any]:
+    """Widgets by their order, as the editor reads them; a branching choice brings its inputs behind it."""
+    found: dict[str, Any] = {}
+    for name, (kind, *rest) in specs.items():
+        options = rest[0] if rest else {}
+        if not (isinstance(kind, list) or kind in WIDGETS or kind == BRANCHING):
+            continue
+        found[prefix + name] = value = next(values)
+        if options.get("control_after_generate"):
+            assert next(values) == "fixed"
+        if kind == BRANCHING and not options.get("hidden"):
+            (branch,) = (o["inputs"] for o in options["options"] if o["key"] == value)
+            inner = {**branch.get("required", {}), **branch.get("optional", {})}
+            found |= read_widgets(inner, values, f"{prefix}{name}.")
+    return found
 
 
 def from_editor(graph: dict[str, Any]) -> dict[str, Any]:
@@ -43,15 +72,9 @@ def from_editor(graph: dict[str, Any]) -> dict[str, Any]:
     for box in graph["nodes"]:
         if box["type"] == "MarkdownNote":
             continue
-        types = CLASSES[box["type"]].INPUT_TYPES()
-        declared = {**types.get("required", {}), **types.get("optional", {})}
         inputs: dict[str, Any] = {s["name"]: links[s["link"]] for s in box["inputs"] if s["link"] is not None}
         values = iter(box["widgets_values"])
-        for name, (kind, *options) in declared.items():
-            if isinstance(kind, list) or kind in build.WIDGET_TYPES:
-                inputs[name] = next(values)
-                if options and options[0].get("control_after_generate"):
-                    assert next(values) == "fixed"
+        inputs |= read_widgets(declared_inputs(box["type"]), values)
         assert next(values, None) is None, "as many values as widgets"
         out[str(box["id"])] = {"class_type": box["type"], "inputs": inputs, "_meta": {"title": box["title"]}}
     return out
@@ -59,22 +82,19 @@ def from_editor(graph: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_forms_describe_one_graph(name: str) -> None:
-    editor, api = read(FOLDER / f"{name}.json"), read(FOLDER / "api" / f"{name}.json")
-    converted = from_editor(editor)
-    assert set(converted) == set(api)
-    for node_id, node in api.items():
-        assert converted[node_id]["class_type"] == node["class_type"]
-        assert converted[node_id]["_meta"] == node["_meta"]
-        # The editor writes every widget; the API form may leave one at its default.
-        types = CLASSES[node["class_type"]].INPUT_TYPES()
-        for key, value in converted[node_id]["inputs"].items():
-            if key in node["inputs"]:
-                assert value == node["inputs"][key], (node_id, key)
-            else:
-                kind, *options = types["optional"][key]
-                default = options[0].get("default", kind[0] if isinstance(kind, list) else None)
-                assert value == default, (node_id, key)
-        assert set(node["inputs"]) <= set(converted[node_id]["inputs"])
+    """To the last value: the editor writes every widget, and so does the API form."""
+    assert from_editor(read(FOLDER / f"{name}.json")) == read(FOLDER / "api" / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slots_are_those_of_the_node(name: str) -> None:
+    """All inputs that are no widgets, in the node's order: the editor tells slots by their place."""
+    for box in read(FOLDER / f"{name}.json")["nodes"]:
+        if box["type"] != "MarkdownNote":
+            kinds = {n: spec[0] for n, spec in declared_inputs(box["type"]).items()}
+            slots = [n for n, k in kinds.items() if isinstance(k, str) and k not in (*WIDGETS, BRANCHING)]
+            assert [s["name"] for s in box["inputs"]] == slots, box["type"]
+            assert [s["type"] for s in box["inputs"]] == [kinds[n] for n in slots], box["type"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,10 +109,76 @@ def test_editor_file_is_consistent(name: str) -> None:
         assert boxes[target]["inputs"][slot]["link"] == link
         assert boxes[source]["outputs"][output]["type"] == kind
         assert boxes[target]["inputs"][slot]["type"] in (kind, "*")
-    places = [(x, y, x + w, y + h) for (x, y), (w, h) in ((b["pos"], b["size"]) for b in graph["nodes"])]
-    for i, a in enumerate(places):
-        for b in places[i + 1 :]:
-            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], f"boxes overlap: {a} {b}"
+
+
+Area = tuple[float, float, float, float]
+
+
+def apart(a: Area, b: Area) -> bool:
+    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def area_of(box: dict[str, Any]) -> Area:
+    """Left, top, right and bottom of a node with its title bar."""
+    (x, y), (width, height) = box["pos"], box["size"]
+    return (x, y - TITLE, x + width, y + height)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_overlaps(name: str) -> None:
+    graph = read(FOLDER / f"{name}.json")
+    places = {b["title"]: area_of(b) for b in graph["nodes"]}
+    for (a, at), (b, other) in itertools.combinations(places.items(), 2):
+        assert apart(at, other), f"{a} and {b}: {at} {other}"
+    groups = {g["title"]: (x, y, x + w, y + h) for g in graph["groups"] for x, y, w, h in [g["bounding"]]}
+    for (a, at), (b, other) in itertools.combinations(groups.items(), 2):
+        assert apart(at, other), f"group {a} and group {b}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_stands_in_a_titled_group(name: str) -> None:
+    """And the note in none, to the left of all."""
+    graph = read(FOLDER / f"{name}.json")
+    titles = [g["title"] for g in graph["groups"]]
+    assert len(set(titles)) == len(titles) > 1
+    assert all(titles)
+    for box in graph["nodes"]:
+        left, top, right, bottom = area_of(box)
+        around = [
+            g["title"]
+            for g in graph["groups"]
+            for x, y, w, h in [g["bounding"]]
+            if x < left and right < x + w and y + TITLE < top and bottom < y + h
+        ]
+        assert len(around) == (0 if box["type"] == "MarkdownNote" else 1), box["title"]
+        if box["type"] == "MarkdownNote":
+            assert right <= min(g["bounding"][0] for g in graph["groups"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_note_says_what_it_shows_and_what_to_change(name: str) -> None:
+    graph = read(FOLDER / f"{name}.json")
+    (text,) = (b["widgets_values"][0] for b in graph["nodes"] if b["type"] == "MarkdownNote")
+    title, _, rest = text.partition("\n")
+    assert title.startswith("# ")
+    assert len(rest.partition("##")[0]) > 60
+    assert "\n## What to change\n\n- " in text or "\n## What to change\n- " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail(name: str) -> None:
+    """Run `python -m quantwire.workflows.thumbnails` for a new workflow."""
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size < 60_000
+    with Image.open(path) as image:
+        assert image.format == "JPEG"
+        assert image.size == (640, 360)
+        darkest, brightest = image.convert("L").getextrema()
+        assert brightest - darkest > 150, "a picture of something"
+
+
+def test_every_thumbnail_has_a_workflow() -> None:
+    assert {p.stem for p in FOLDER.glob("*.jpg")} == set(NAMES)
 
 
 def test_editor_form_is_refused_with_the_way_to_the_other() -> None:
@@ -110,8 +196,8 @@ def models(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_workflow_runs_or_is_blocked(name: str, models: Path, demo_models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DEMO)
+def test_every_demo_workflow_runs_or_is_blocked(name: str, models: Path, demo_models: Path, tmp_path: Path) -> None:
     path = FOLDER / "api" / f"{name}.json"
     steps = [f"--set={node}.steps=2" for node, n in read(path).items() if n["class_type"] == "KSampler"]
     folders = ["--models", str(models), "--models", str(demo_models)]
@@ -123,7 +209,7 @@ def test_every_workflow_runs_or_is_blocked(name: str, models: Path, demo_models:
             assert image.size == (64, 64)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_workflow_is_valid_as_it_stands(name: str, models: Path, demo_models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DEMO)
+def test_every_demo_workflow_is_valid_as_it_stands(name: str, models: Path, demo_models: Path, tmp_path: Path) -> None:
     with use(StandaloneHost([models, demo_models], tmp_path)):
         assert validate(load_workflow(FOLDER / "api" / f"{name}.json"), CLASSES) == []

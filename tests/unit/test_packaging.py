@@ -109,6 +109,8 @@ def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> N
     held = zipfile.ZipFile(wheel).namelist()
     assert "quantwire/quantizers/registry.py" in held
     assert "quantwire/workflows/api/quantized.json" in held
-    assert "quantwire/web/docs/QuantConfig.md" in held
+    web = {"docs/QuantConfig.md", "docs/FitModel/zh.md", "docs/img/FitModel.png", "docs/img/zh/FitModel.png"}
+    assert {f"quantwire/web/{name}" for name in (*web, "quantwire.js", "lib/words.js")} <= set(held)
+    assert {f"quantwire/locales/{k}/{n}.json" for k in ("en", "zh") for n in ("main", "nodeDefs")} <= set(held)
     assert {"quantwire/hosts/lint/core_nodes.txt", "quantwire/hosts/lint/pack_nodes.txt"} <= set(held)
     assert not [n for n in held if n.endswith(".safetensors") or "/tests/" in n]

@@ -1,0 +1,2 @@
+/** The version of the pack, as in pyproject.toml. */
+export const VERSION = "0.1.0";

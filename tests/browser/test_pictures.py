@@ -112,7 +112,7 @@ def test_picture_of_the_demo_run(tab: Editor) -> None:
     tab.picture(tab.node("SaveImage"))
     tab.page.locator(".qw-row .qw-chip").first.wait_for()
     nodes = [n["id"] for n in tab.nodes() if n["type"] != "MarkdownNote"]
-    show(tab, nodes, (40, 70, 40, 40))
+    show(tab, nodes, (40, 70, 40, 96))
     tab.until("() => !document.body.innerText.includes('Job completed')")
     shot = keep(tab, "demo_run", around([tab.box(n) for n in nodes], 34))
     assert (np.asarray(shot.convert("L")) > 240).sum() > 500

@@ -55,8 +55,9 @@ def test_the_predicted_size_is_that_of_the_run(host: StandaloneHost, demo_models
 
 
 def test_every_format_at_once() -> None:
-    told = of(model())
+    told = of(model(), *format_ids())
     assert told["sizes"].keys() | told["refused"].keys() == set(format_ids())
+    assert of(model())["sizes"] == {"bnb-nf4": told["sizes"]["bnb-nf4"]}
     assert len(told["sizes"]) > 40
 
 

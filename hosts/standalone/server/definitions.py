@@ -48,7 +48,7 @@ def definitions(server: Server, only: str | None = None) -> dict[str, Any]:
             log.exception("node %s is left out: it does not declare its inputs", name)
     from .. import foreign_nodes
 
-    shown = foreign_nodes.definitions(server.folders.list_files) if foreign_nodes.DATA.is_file() else {}
+    shown = foreign_nodes.definitions(server.folders.list_files)
     return {**{n: d for n, d in shown.items() if only in (None, n)}, **made}
 
 

@@ -30,6 +30,7 @@ COMMANDS = (
     "inspect", "doctor", "convert", "imatrix", "calibrate", "lint", "compat", "compare", "forecast",
     "advise", "fit", "recipe", "bench", "serve",
 )  # fmt: skip
+STANDALONE = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "PIL", "tqdm", "aiohttp")  # the extra
 OK, BAD_INPUT, BLOCKED, NODE_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 STATUS = {OK: "ok", BAD_INPUT: "bad input", BLOCKED: "blocked", NODE_FAILED: "node failed", INTERRUPTED: "interrupted"}
 
@@ -258,6 +259,8 @@ def _print_error(err: BaseException, debug: bool) -> None:
 
         traceback.print_exception(err)
     text = str(err).strip() or type(err).__name__
+    if isinstance(err, ModuleNotFoundError) and err.name in STANDALONE:
+        text += "\nRun `pip install quantwire[standalone]`, or use the Python that runs ComfyUI."
     place = getattr(err, "node_place", None)
     where = f"{place}: " if place is not None and not text.startswith(str(place)) else ""
     print(f"{type(err).__name__}: {where}{text}", file=sys.stderr)

@@ -35,12 +35,17 @@ ANY_TYPES = ("*", "COMFY_MATCHTYPE_V3", "COMFY_AUTOGROW_V3", "COMFY_DYNAMICSLOT_
 # The editor adds a widget for these even where the class does not ask for it.
 SEEDS = ("seed", "noise_seed")
 REPLACED = "# replaced: "  # before the JSON of a server's /node_replacements
+IN_ITS_FOLDER = "*"  # in place of a folder: the value is FOLDER/NAME
 # Folders of the inputs of the pack's own loaders.
 PACK_FOLDERS: Mapping[str, Mapping[str, str]] = {
     "LoadGGUF": {"gguf_name": "unet_gguf"},
     "LoadAndQuantize": {"model_name": "diffusion_models"},
     "LoadQuantized": {"model_name": "quantized"},
     "LoadGGUFTextEncoder": {f"clip_name{i}": "text_encoders" for i in (1, 2, 3, 4)},
+    "FitModel": {"model_name": "diffusion_models"},
+    "InspectModel": {"model_name": IN_ITS_FOLDER},
+    "RepairModel": {"model_name": IN_ITS_FOLDER},
+    "ConvertModel": {"model_name": IN_ITS_FOLDER},
 }
 MULTIGPU = re.compile(r"(DisTorch2?)?MultiGPU$")
 SERVER_TIMEOUT_S = 20

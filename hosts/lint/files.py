@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ...quantizers.errors import FileError, near
 from ..standalone.folders import ModelFolders
+from .catalog import IN_ITS_FOLDER
 
 # Folders beside those that the embedded host knows: the older names of ComfyUI, and the packs' own.
 FOLDERS: Mapping[str, tuple[str, ...]] = {
@@ -20,6 +21,8 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {
     "clip_gguf": ("text_encoders", "clip_gguf"),
     "vae": ("vae", "vae_approx"),
 }
+# Where a value FOLDER/NAME of the pack's file nodes may point.
+NAMED_FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras", "controlnet", "clip_vision")
 MOST_MARKS = 64  # `comfy_quant` tensors that are read; a file has one a layer, mostly all alike
 MARK_NBYTES = 4096
 NATIVE: Mapping[str, str] = {
@@ -61,6 +64,8 @@ class ModelFiles:
         self._headers = headers if headers is not None else Headers()
 
     def names(self, folder: str) -> list[str]:
+        if folder == IN_ITS_FOLDER:
+            return [f"{own}/{name}" for own in NAMED_FOLDERS for name in self.names(own)]
         if folder not in self._lists:
             found = {n for part in FOLDERS.get(folder, (folder,)) for n in self.host.list_files(part)}
             gguf_only = folder.endswith("_gguf") and folder != "clip_gguf"
@@ -69,6 +74,7 @@ class ModelFiles:
 
     def find(self, folder: str, name: str) -> Path | None:
         """The path of a file; None where it is not there."""
+        folder, name = _parted(folder, name)
         if (folder, name) not in self._found:
             paths = (path for part in FOLDERS.get(folder, (folder,)) for path in self.host.candidates(part, name))
             # False, too, for a name that no file system takes.
@@ -85,6 +91,10 @@ class ModelFiles:
         found = self.find(folder, name)
         if found is not None and (not listed or name in names):
             return None
+        if folder == IN_ITS_FOLDER and name.partition("/")[0] not in NAMED_FOLDERS:
+            return f"{name!r} is not of the form FOLDER/NAME.", (f"Folders: {', '.join(NAMED_FOLDERS)}.",)
+        folder, name = _parted(folder, name)
+        names = self.names(folder)
         parts = " or ".join(FOLDERS.get(folder, (folder,)))
         if found is not None:
             ends = f"/{Path(os.path.normpath(name)).as_posix()}"
@@ -112,6 +122,7 @@ class ModelFiles:
 
     def dead_link(self, folder: str, name: str) -> str | None:
         """Where a link leads whose file is gone; None where there is no such link."""
+        folder, name = _parted(folder, name)
         for part in FOLDERS.get(folder, (folder,)):
             for path in self.host.candidates(part, name):
                 try:
@@ -165,6 +176,14 @@ def _state(path: Path) -> tuple[Path, int, int]:
 
 
 SUFFIXES = (".gguf", ".safetensors", ".sft")
+
+
+def _parted(folder: str, name: str) -> tuple[str, str]:
+    """Folder and name of a file, for values that hold both, too."""
+    if folder != IN_ITS_FOLDER:
+        return folder, name
+    own, _, rest = name.partition("/")
+    return own, rest
 
 
 def gguf_formats(path: Path) -> list[str]:

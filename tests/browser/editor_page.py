@@ -140,8 +140,8 @@ class Editor:
     def until_ready(self) -> None:
         """The editor stands, the pack's nodes are registered, and the first workflow is loaded."""
         self.until(
-            """() => window.app?.graph && window.app.extensionManager?.workflow?.activeWorkflow &&
-            window.LiteGraph?.registered_node_types?.QuantizeModel &&
+            """() => window.app?.extensionManager?.workflow?.activeWorkflow &&
+            window.LiteGraph?.registered_node_types?.QuantizeModel && window.app.graph &&
             !document.querySelector('#vue-app .p-progressspinner, .p-blockui-mask')"""
         )
         self.close_dialogs()

@@ -29,9 +29,10 @@ def label(editor: Editor) -> str:
     )
 
 
-def until_sized(editor: Editor, node: object) -> dict[str, float]:
-    editor.until("(i) => window.quantwire.sizes()[i]?.sizes", str(node))
-    return editor.js("(i) => window.quantwire.sizes()[i].sizes", str(node))
+def until_sized(editor: Editor, node: object, format_id: str = "bnb-nf4") -> float:
+    """The predicted bytes in a format, once the server has told."""
+    editor.until("([i, f]) => window.quantwire.sizes()[i]?.sizes?.[f]", [str(node), format_id])
+    return editor.js("([i, f]) => window.quantwire.sizes()[i].sizes[f]", [str(node), format_id])
 
 
 def test_the_settings_are_in_the_dialog_and_work(editor: Editor, settings: None) -> None:
@@ -71,8 +72,7 @@ def test_the_check_says_where_nothing_is_found(editor: Editor) -> None:
 def test_the_predicted_size_follows_the_format(editor: Editor) -> None:
     editor.load("quantized")
     node = editor.node("QuantizeModel")
-    sizes = until_sized(editor, node)
-    assert sizes["bnb-nf4"] < sizes["bnb-int8"] < editor.js("(i) => window.quantwire.sizes()[i].base_nbytes", str(node))
+    smaller = until_sized(editor, node)
     editor.until("() => window.app.graph._nodes.find((n) => n.type === 'QuantizeModel').widgets[0].label")
     first = label(editor)
     assert re.search(r"\d \w?i?B", first), first
@@ -82,6 +82,9 @@ def test_the_predicted_size_follows_the_format(editor: Editor) -> None:
     editor.until(
         "([i, old]) => ![undefined, old].includes(window.app.graph.getNodeById(i).widgets[0].label)", [node, first]
     )
+    larger = until_sized(editor, node, "bnb-int8")
+    assert smaller < larger < editor.js("(i) => window.quantwire.sizes()[i].base_nbytes", str(node))
+    editor.until("(i) => /%/.test(window.app.graph.getNodeById(i).widgets[0].label ?? '')", node)
     second = label(editor)
     assert int(re.search(r"(\d+) %", second)[1]) > int(re.search(r"(\d+) %", first)[1])  # type: ignore[index]
     editor.shot("size_int8")
@@ -90,7 +93,7 @@ def test_the_predicted_size_follows_the_format(editor: Editor) -> None:
 def test_the_predicted_size_is_what_the_run_reports(editor: Editor) -> None:
     editor.load("quantized")
     node = editor.node("QuantizeModel")
-    predicted = until_sized(editor, node)["bnb-nf4"]
+    predicted = until_sized(editor, node)
     editor.queue_and_wait()
     editor.until("(i) => window.quantwire.badges().some((b) => b.node === i)", str(node))
     (badge,) = [b for b in editor.js("() => window.quantwire.badges()") if b["node"] == str(node)]

@@ -179,9 +179,28 @@ def test_shipped_run_in_every_mode(path: Path, mode: str, models: tuple[Path, ..
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.relative_to(SHIPPED).as_posix())
 def test_silent_on_templates(path: Path) -> None:
-    # Nodes of the pack that take any model file look for it in their own check of values.
-    found = lint(path, find_models=False).findings
-    assert [f for f in found if f.code != "bad-value" or "flux1-dev" not in f.message] == []
+    assert lint(path, find_models=False).findings == ()
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.relative_to(SHIPPED).as_posix())
+def test_templates_lack_models_alone(path: Path) -> None:
+    found = lint(path, find_models=True, host=HostName.COMFYUI).findings
+    assert found
+    assert {f.code for f in found} == {"missing-model"}
+
+
+def test_a_value_that_names_its_folder(models: tuple[Path, ...], tmp_path: Path) -> None:
+    """InspectModel, RepairModel and ConvertModel take FOLDER/NAME."""
+    here, gone = "diffusion_models/digits_flux.safetensors", "diffusion_models/flux1-dev.safetensors"
+    template = (SHIPPED / "api" / "convert_a_file.json").read_text(encoding="utf-8")
+    path = tmp_path / "convert.json"
+    path.write_text(template.replace(gone, here), encoding="utf-8")
+    assert lint(path, models=models, find_models=True).findings == ()
+    for wrong, said in (("flux1-dev.safetensors", "not of the form FOLDER/NAME"), (gone, "is not in diffusion_models")):
+        path.write_text(template.replace(gone, wrong), encoding="utf-8")
+        found = lint(path, models=models, find_models=True).findings
+        assert [f.code for f in found] == ["missing-model"] * 4
+        assert all(said in f.message for f in found)
 
 
 def test_types_come_from_the_file(models: tuple[Path, ...], tmp_path: Path) -> None:

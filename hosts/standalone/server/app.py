@@ -180,9 +180,12 @@ def _make_folders(config: ServerConfig) -> None:
 
 
 def _load(server: Server) -> None:
-    """What the first question would wait for."""
+    """What the first question would wait for, and then the first run."""
+    from .runs_libraries import load
+
     try:
         with use(server.host):
             _ = server.node_classes
+        load()
     except Exception:  # the route or run that needs it fails with the same reason, in words
         log.exception("the host could not be loaded")

@@ -119,7 +119,7 @@ def stats(server: Server) -> dict[str, Any]:
             "ram_total": total,
             "ram_free": free,
             "comfyui_version": COMFYUI_VERSION,
-            "required_frontend_version": front_end_version(),
+            "required_frontend_version": front_end_version(server.config.front_end),
             "installed_templates_version": None,
             "required_templates_version": None,
             "comfy_package_versions": [],
@@ -133,11 +133,15 @@ def stats(server: Server) -> dict[str, Any]:
     }
 
 
-def front_end_version() -> str | None:
-    try:
-        return importlib.metadata.version("comfyui-frontend-package")
-    except importlib.metadata.PackageNotFoundError:  # --front-end names a folder
-        return None
+def front_end_version(folder: Path) -> str | None:
+    """Version of the front end that is served, from the package metadata beside its folder; None where there is none.
+
+    The editor warns of a front end older than the one that this names, so it must not be that of another copy.
+    """
+    packages = folder.resolve().parents[1]
+    for found in importlib.metadata.distributions(name="comfyui-frontend-package", path=[str(packages)]):
+        return found.version
+    return None
 
 
 def translations(root: Path = LOCALES) -> dict[str, Any]:

@@ -121,7 +121,7 @@ function look() {
 function again() {
   seen = "";
   answered = "";
-  if (!setting("quantwire.sizes")) known = new Map();
+  known = new Map(); // they were another graph's, or another server's
   label();
   look();
 }
@@ -153,7 +153,7 @@ function label() {
   for (const { node, path } of places()) {
     const widget = graph.widgetOf(node, rulesOf(node).widget ?? "");
     if (!widget) continue;
-    const before = own.get(widget) ?? { label: widget.label, tooltip: widget.tooltip };
+    const before = own.get(widget) ?? { label: widget.label, tooltip: widget.tooltip ?? declared(node, widget) };
     own.set(widget, before);
     const [text, why] = said(known.get(path), String(widget.value));
     const name = before.label || widget.name;
@@ -162,6 +162,12 @@ function label() {
     widget.tooltip = why ? `${before.tooltip ?? ""}\n\n${why}`.trim() : before.tooltip;
   }
   app.canvas?.setDirty?.(true, true);
+}
+
+/** The tooltip of the node's definition, which the editor shows where the widget has none of its own. */
+function declared(node, widget) {
+  const inputs = node.constructor?.nodeData?.input ?? {};
+  return (inputs.required?.[widget.name] ?? inputs.optional?.[widget.name])?.[1]?.tooltip;
 }
 
 /** @param {Sizes | undefined} found @param {string} format @returns {[string, string]} text, and what it means */

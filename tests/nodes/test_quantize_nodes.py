@@ -42,6 +42,11 @@ EFFECT = {2.7: (1e-2, 0.6), 5: (1e-3, 0.2), 8.5: (1e-4, 0.06)}
 TERNARY, TERNARY_EFFECT = ("gguf-tq1-0", "gguf-tq2-0"), (0.1, 1.5)
 
 
+# One format of each backend, and those with bounds of their own; the others, alike but for their numbers, are slow tests.
+USUAL = {f.split("-", 1)[0]: f for f in reversed(available_formats())}
+SOON = {*USUAL.values(), *CARRIER_TOLERANCE, *TERNARY, "bnb-nf4", "gguf-q4-k", "quanto-qint2"}
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -70,7 +75,9 @@ def refused_library(format_id: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("format_id", available_formats())
+@pytest.mark.parametrize(
+    "format_id", [f if f in SOON else pytest.param(f, marks=pytest.mark.slow) for f in available_formats()]
+)
 def test_every_format_samples_with_both_carriers(
     executor: Executor, sampled: Any, make_node: Any, format_id: str
 ) -> None:

@@ -92,6 +92,7 @@ def test_no_placeholder_is_left_in_what_users_read() -> None:
         assert not re.findall(r"@[A-Z]+@|^[A-Z]+_?[A-Z]+$|TODO|FIXME", text, re.M), name
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_modules_and_workflows_and_no_weights(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
     source = tmp_path / "source"

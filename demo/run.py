@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -34,6 +33,7 @@ import torch
 from digits import TEMPLATES, WORDS, read_digits, train_classifier
 from PIL import Image, ImageDraw
 from quantwire import nodes
+from quantwire.cli import quiet_loggers
 from quantwire.hosts import use
 from quantwire.hosts.modules import with_layers
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
@@ -227,7 +227,7 @@ class Measuring:
 
     def __init__(self, threads: int, folders: list[Path], images: Path, clf: Any, bf16_mib: float) -> None:
         torch.set_num_threads(threads)
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        quiet_loggers()
         self.classes = {**CORE_NODES, **nodes.NODE_CLASS_MAPPINGS, "WrongInt8Load": WrongInt8Load}
         self.folders, self.images, self.clf, self.bf16_mib = folders, images, clf, bf16_mib
 
@@ -340,7 +340,7 @@ def main() -> int:
         parser.error(str(err))
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_loggers()
     start = time.perf_counter()
 
     conflict = start_conflict(out)

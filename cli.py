@@ -250,7 +250,12 @@ def _caused_by_interrupt(err: BaseException) -> bool:
 def _exit_code(err: BaseException) -> int:
     if isinstance(err, OffloadConflict):
         return BLOCKED
-    return BAD_INPUT if isinstance(err, QuantwireError) else NODE_FAILED
+    return BAD_INPUT if isinstance(err, QuantwireError) or _is_uninstalled(err) else NODE_FAILED
+
+
+def _is_uninstalled(err: BaseException) -> bool:
+    """Whether a package of the extra `standalone` is not there."""
+    return isinstance(err, ModuleNotFoundError) and err.name in STANDALONE
 
 
 def _print_error(err: BaseException, debug: bool) -> None:
@@ -259,7 +264,7 @@ def _print_error(err: BaseException, debug: bool) -> None:
 
         traceback.print_exception(err)
     text = str(err).strip() or type(err).__name__
-    if isinstance(err, ModuleNotFoundError) and err.name in STANDALONE:
+    if _is_uninstalled(err):
         text += "\nRun `pip install quantwire[standalone]`, or use the Python that runs ComfyUI."
     place = getattr(err, "node_place", None)
     where = f"{place}: " if place is not None and not text.startswith(str(place)) else ""

@@ -363,3 +363,18 @@ def test_an_interrupt_that_a_library_swallowed_is_still_an_interrupt() -> None:
         lazy_import()
     assert _caused_by_interrupt(failure.value)
     assert not _caused_by_interrupt(ImportError("of its own"))
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "quantwire", "--version"], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "quantwire")
+
+
+def test_a_missing_library_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; from quantwire.cli import main; sys.exit(main(sys.argv[1:]))"
+    workflow = str(Path(__file__).resolve().parents[2] / "workflows" / "quantized.json")
+    command = [sys.executable, "-c", code, "lint", workflow]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert "torch" in done.stderr.splitlines()[0]
+    assert done.stderr.splitlines()[1].startswith("Run `pip install quantwire[standalone]`")

@@ -81,7 +81,7 @@ site: $(VENV)/.ready
 # package can bring a CUDA build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "setting up $(VENV): about a minute, 2 GB of disk"
+	@echo "setting up $(VENV): some minutes, 3.6 GB of disk"
 	@$(PIP) $(INDEX) "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	  echo "the package index offers no CPU build of torch $(TORCH); installing its default build"; \
 	  $(PIP) $(INDEX) "torch==$(TORCH)"; }

@@ -25,6 +25,7 @@ MODELS = Path(__file__).resolve().parent / "models"
 SMALL, WIDE, LAYERS, MLP, VOCABULARY = 128, 768, 12, 3072, 49408
 COPIES = WIDE // SMALL
 BEGIN, END = 49406, 49407
+VOCABULARY_FILE = Path("comfy", "sd1_tokenizer", "vocab.json")
 
 
 def wide_rows(w: Tensor, rows: int) -> Tensor:
@@ -103,8 +104,17 @@ def export(comfyui: Path, models: Path) -> None:
 
     Args:
         comfyui: a ComfyUI tree, which has CLIP's vocabulary.
+
+    Raises:
+        NotADirectoryError: it has none, so it is no ComfyUI tree. Nothing is written.
     """
-    vocabulary = json.loads((comfyui / "comfy" / "sd1_tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    file = comfyui / VOCABULARY_FILE
+    if not file.is_file():
+        raise NotADirectoryError(
+            f"{comfyui.absolute()} is no ComfyUI folder: {VOCABULARY_FILE.as_posix()} is not in it. "
+            "Give the folder that holds ComfyUI's main.py."
+        )
+    vocabulary = json.loads(file.read_text(encoding="utf-8"))
     vae = read_safetensors(MODELS / "vae" / "digits_tae.safetensors").tensors
     files = {
         "diffusion_models/digits_flux.safetensors": transformer(),
@@ -121,4 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("comfyui", type=Path, help="a ComfyUI tree")
     parser.add_argument("--models", type=Path, help="where to write; default: the tree's own models folder")
     args = parser.parse_args()
-    export(args.comfyui, args.models or args.comfyui / "models")
+    try:
+        export(args.comfyui, args.models or args.comfyui / "models")
+    except NotADirectoryError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")

@@ -3,7 +3,9 @@
 The host serves `locales/LANGUAGE/{main,nodeDefs,commands,settings}.json`. `en` is made from the node classes and from
 what the web extension declares. A translation keeps what was translated, gets an empty text for what is new, and loses
 what is gone; what `web/lib/words.js` holds in both languages is taken from there. `sources.json` beside a translation
-has a short hash of each English text and of its translation, so that one whose English has changed since is found.
+has a short hash of each English text and of its translation, so that one whose English has changed since is found. The
+help pages of the nodes, `web/docs/NODE.md` and `web/docs/NODE/LANGUAGE.md`, are held there in the same way, as
+`docs/NODE`; they are written by hand.
 
     python -m quantwire.nodes.locale_stubs --write                    # en anew, stubs in the other languages
     python -m quantwire.nodes.locale_stubs --check                    # exit code 1 where a text is missing or old
@@ -24,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LOCALES = ROOT / "locales"
 WEB = ROOT / "web"
+PAGES = WEB / "docs"
 FILES = ("main", "nodeDefs", "commands", "settings")
 REFERENCE = "en"
 SOURCES = "sources.json"
@@ -164,6 +167,16 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def help_pages(language: str) -> dict[str, tuple[str, str]]:
+    """`docs/NODE` -> the help page in English and in a language, empty where there is none."""
+    found: dict[str, tuple[str, str]] = {}
+    for page in sorted(PAGES.glob("*.md")):
+        other = PAGES / page.stem / f"{language}.md"
+        text = other.read_text(encoding="utf-8") if other.exists() else ""
+        found[f"docs/{page.stem}"] = page.read_text(encoding="utf-8"), text
+    return found
+
+
 def problems() -> list[str]:
     """What is missing, empty, gone or older than its English text, one line each."""
     wanted = english()
@@ -180,6 +193,11 @@ def problems() -> list[str]:
         for key in texts:
             if have.get(key) and sources.get(key, "").split(" ")[0] != short_hash(texts[key]):
                 found.append(f"{language}: {key} translates an older text; it is now: {texts[key]}")
+        for key, (original, text) in help_pages(language).items():
+            if not text.strip():
+                found.append(f"{language}: {key} is missing.")
+            elif sources.get(key, "").split(" ")[0] != short_hash(original):
+                found.append(f"{language}: {key} translates an older page: look at what changed in web/{key}.md.")
         for name, tree in translated_elsewhere(language).items():
             for key, text in flat(tree, name):
                 if have.get(key) != text:
@@ -201,9 +219,10 @@ def write(still_right: Sequence[str] = ()) -> None:
         before, sources = dict(flat(read(language))), read_sources(language)
         elsewhere = {k: t for name, tree in translated_elsewhere(language).items() for k, t in flat(tree, name)}
         now = {key: elsewhere.get(key, before.get(key, "")) for key in texts}
-        kept = {}
-        for key, text in now.items():
-            hashes = f"{short_hash(texts[key])} {short_hash(text)}"
+        pairs = {key: (texts[key], text) for key, text in now.items()} | help_pages(language)
+        kept: dict[str, str] = {}
+        for key, (original, text) in pairs.items():
+            hashes = f"{short_hash(original)} {short_hash(text)}"
             old = sources.get(key, "")
             # The same translation of another English text is old until somebody changes it or says that it holds.
             changed = not old or old.split(" ")[1] != short_hash(text) or key in elsewhere or key in still_right

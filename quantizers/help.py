@@ -83,8 +83,8 @@ PAGE_FOOT = """
 
 ## See also
 
-[Quantization Rules](QuantRules.md), [Quantize Model](QuantizeModel.md), [Find Recipe](FindRecipe.md); `docs/formats.md`
-of the project compares the formats."""
+[Quantization Rules](QuantRules.md), [Quantize Model](QuantizeModel.md), [Find Recipe](FindRecipe.md); in the
+project's documentation, page `formats.md`: all formats compared."""
 
 
 def backends() -> list[Backend]:

@@ -162,6 +162,31 @@ def test_write_keeps_translations_and_adds_stubs(copy: Path) -> None:
     assert [line for line in locale_stubs.problems() if "is empty" in line]
 
 
+def test_a_help_page_of_an_older_english_one_is_found_until_it_is_changed(
+    copy: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = tmp_path_factory.mktemp("docs")
+    for file in sorted((ROOT / "web" / "docs").rglob("*.md")):
+        target = pages / file.relative_to(ROOT / "web" / "docs")
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    monkeypatch.setattr(locale_stubs, "PAGES", pages)
+    assert locale_stubs.problems() == []
+    old = ["zh: docs/LoadGGUF translates an older page: look at what changed in web/docs/LoadGGUF.md."]
+    for change_it in ("still right", "another translation"):
+        with (pages / "LoadGGUF.md").open("a", encoding="utf-8") as file:
+            file.write(f"\nMore, {change_it}.\n")
+        locale_stubs.write()
+        assert locale_stubs.problems() == old
+        if change_it == "another translation":
+            with (pages / "LoadGGUF" / "zh.md").open("a", encoding="utf-8") as file:
+                file.write("\n还有。\n")
+        locale_stubs.write(["docs/LoadGGUF"] if change_it == "still right" else [])
+        assert locale_stubs.problems() == []
+    (pages / "LoadGGUF" / "zh.md").unlink()
+    assert locale_stubs.problems() == ["zh: docs/LoadGGUF is missing."]
+
+
 def test_a_translation_of_an_older_text_is_found_until_it_is_changed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ EFFECT = {2.7: (1e-2, 0.6), 5: (1e-3, 0.2), 8.5: (1e-4, 0.06)}
 TERNARY, TERNARY_EFFECT = ("gguf-tq1-0", "gguf-tq2-0"), (0.1, 1.5)
 
 
-# One format of each backend, and those with bounds of their own; the others, alike but for their numbers, are slow tests.
+# One format of each backend, and those with bounds of their own; the others differ in numbers alone: slow tests.
 USUAL = {f.split("-", 1)[0]: f for f in reversed(available_formats())}
 SOON = {*USUAL.values(), *CARRIER_TOLERANCE, *TERNARY, "bnb-nf4", "gguf-q4-k", "quanto-qint2"}
 

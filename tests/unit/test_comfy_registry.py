@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -134,6 +135,33 @@ def test_addresses_are_of_one_repository_and_of_files_that_exist() -> None:
     files += [urls[key].removeprefix(f"{repository}/blob/main/") for key in ("Documentation", "Changelog")]
     assert all((ROOT / name).is_file() for name in files), files
     assert urls["Issues"] == f"{repository}/issues"
+
+
+def test_the_publisher_confirms_one_place() -> None:
+    """The address is an assumption until then: marked in pyproject.toml, and in no other file that users get."""
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.urls]")[0].splitlines()
+    assert any("TO BE CONFIRMED BY THE PUBLISHER BEFORE PUBLISHING" in line for line in lines[-4:])
+    page = (ROOT / "docs" / "how-to" / "publish.md").read_text(encoding="utf-8")
+    assert "confirm them before you publish" in page
+    address = PROJECT["urls"]["Repository"].partition("//")[2].encode()
+    assert address.decode() in page
+    assert [name for name in archived() if address in (ROOT / name).read_bytes()] == ["pyproject.toml"]
+
+
+def test_the_demo_model_is_written_into_a_comfyui_folder_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of any other folder one line is said, and nothing is written there."""
+    program = ROOT / "demo" / "export_comfyui.py"
+    monkeypatch.setattr(sys, "argv", [str(program), str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(program), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        f"export_comfyui.py: {tmp_path} is no ComfyUI folder: comfy/sd1_tokenizer/vocab.json is not in it. "
+        "Give the folder that holds ComfyUI's main.py.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_icon_is_a_picture_that_the_registry_takes() -> None:

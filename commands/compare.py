@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OK, INTERRUPTED = 0, 130
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the name says: for EPS Pillow would start Ghostscript on the file
 GAIN = 4.0
 
 
@@ -210,7 +211,7 @@ def _read(path: Path) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             values = _values(path, image)
     except (OSError, UnidentifiedImageError) as err:
         raise FileError(f"{path}: cannot be read as a picture: {err}.") from err

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def handle(args: argparse.Namespace, report: dict[str, Any]) -> int:
     from ..hosts.standalone.server.app import Server, make_app
 
     listener = _listen(config.host, config.port)
-    server = Server(config)
+    server = Server(replace(config, bound=str(listener.getsockname()[0])))
     with contextlib.closing(listener):
         return asyncio.run(_serve(make_app(server), server, listener, args.open))
 
@@ -141,6 +142,7 @@ def _refused(host: str, port: int, err: OSError) -> FileError:
 async def _serve(app: Any, server: Server, listener: socket.socket, open_browser: bool) -> int:
     from aiohttp import web
 
+    from ..hosts.standalone.server.connections import IDLE_S, Connections, limit
     from ..hosts.standalone.server.security import is_any_address, is_loopback
 
     stopped = asyncio.Event()
@@ -149,10 +151,20 @@ async def _serve(app: Any, server: Server, listener: socket.socket, open_browser
         with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt instead
             loop.add_signal_handler(getattr(signal, name), stopped.set)
     # Seconds: for open pages and downloads at the end, and for what a refused client goes on sending.
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, lingering_time=5, handle_signals=False)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=1,
+        lingering_time=5,
+        keepalive_timeout=IDLE_S,
+        handle_signals=False,
+    )
     await runner.setup()
+    accepting = None
     try:
-        await web.SockSite(runner, listener).start()
+        assert runner.server is not None
+        connections = Connections(runner.server, limit())
+        accepting = await loop.create_server(connections, sock=listener, backlog=BACKLOG)
         host, port = listener.getsockname()[:2]
         name = "127.0.0.1" if is_any_address(host) else f"[{host}]" if ":" in host else host
         url = f"http://{name}:{port}/"
@@ -167,5 +179,7 @@ async def _serve(app: Any, server: Server, listener: socket.socket, open_browser
         await stopped.wait()
         print("Stopping.", flush=True)
     finally:
+        if accepting is not None:
+            accepting.close()
         await runner.cleanup()
     return OK

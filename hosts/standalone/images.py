@@ -10,6 +10,8 @@ from typing import Any
 from ...quantizers.errors import FileError, WorkflowError
 from .. import current
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
 
 class SaveImage:
     DESCRIPTION = "Saves images as PNG, with the workflow inside."
@@ -67,7 +69,7 @@ def save_pngs(
     Returns:
         path and subfolder of each file.
     Raises:
-        WorkflowError: the prefix leads out of the folder, or is empty.
+        WorkflowError: the prefix leads out of the folder, is empty or is no file name.
         FileError: the folder cannot be written to.
     """
     import numpy as np
@@ -75,7 +77,7 @@ def save_pngs(
     from PIL.PngImagePlugin import PngInfo
 
     height, width = images.shape[1:3]
-    target = folder / _fill_in(prefix, width, height)
+    target = folder / _file_prefix(prefix, width, height)
     if not target.resolve().is_relative_to(folder.resolve()):
         raise WorkflowError(f"filename_prefix '{prefix}' leads out of the output folder.")
     if target.resolve() == folder.resolve():
@@ -110,6 +112,20 @@ def _next_number(target: Path) -> int:
     """One more than the highest number among the files of this prefix; as in ComfyUI, gaps are not filled."""
     pattern = re.compile(re.escape(target.name) + r"_(\d+)_?\.\w+")
     return 1 + max((int(m[1]) for p in target.parent.iterdir() if (m := pattern.fullmatch(p.name))), default=0)
+
+
+def _file_prefix(prefix: str, width: int, height: int) -> str:
+    """The prefix with its values, as a path: workflows made on Windows have `folder\\image`.
+
+    Raises:
+        WorkflowError: it holds what no file name can.
+    """
+    filled = _fill_in(prefix, width, height).replace("\\", "/")
+    if found := UNPRINTABLE.search(filled):
+        raise WorkflowError(
+            f"filename_prefix {prefix!a} holds the character {found[0]!a}, which no file name can.\nWrite it without."
+        )
+    return filled
 
 
 def _fill_in(prefix: str, width: int, height: int) -> str:

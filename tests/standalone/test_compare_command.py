@@ -113,6 +113,21 @@ def test_two_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "cannot be read as a picture" in capsys.readouterr().err
 
 
+def test_no_picture_starts_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import EpsImagePlugin
+
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho called > {tmp_path}/called\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks once and remembers
+    Image.new("RGB", (4, 4)).save(tmp_path / "e.png", "EPS")
+    assert main(["compare", str(tmp_path / "e.png"), str(tmp_path / "e.png")]) == 2
+    assert "cannot be read as a picture" in capsys.readouterr().err
+    assert not (tmp_path / "called").exists()
+
+
 def test_16_bits_and_transparency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = (np.indices((48, 64)).sum(0) % 64 * 4).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")

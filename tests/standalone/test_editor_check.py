@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from quantwire.hosts import use
-from quantwire.hosts.editor.check import check
+from quantwire.hosts.editor.check import MOST_FINDINGS, check
 from quantwire.hosts.lint.graph import Level
 from quantwire.hosts.lint.lint import Linter, Options
 from quantwire.hosts.standalone.core_nodes import CORE_NODES
@@ -217,3 +217,73 @@ def test_a_mode_in_force_splits_only_what_does_not_fit(conflict: Workflow) -> No
 
     assert Level.BLOCK in levels(False)
     assert levels(True) == {Level.WARNING}
+
+
+def multiplied(levels: int, each: int, leaf: str) -> Workflow:
+    """Subgraphs inside subgraphs: a file of 2 kB with each ** levels nodes."""
+    listed = [
+        {
+            "id": f"level{k}",
+            "name": f"level{k}",
+            "nodes": [{"id": i, "type": f"level{k + 1}" if k + 1 < levels else leaf} for i in range(each)],
+            "links": [],
+            "inputs": [],
+            "outputs": [],
+        }
+        for k in range(levels)
+    ]
+    return {"nodes": [{"id": 1, "type": "level0"}], "links": [], "definitions": {"subgraphs": listed}}
+
+
+@pytest.mark.parametrize(("levels", "each"), [(16, 2), (5, 10)])
+def test_a_small_file_of_many_nodes_has_a_small_answer(levels: int, each: int) -> None:
+    start = time.process_time()
+    answer = check(multiplied(levels, each, "SaveImage"))
+    assert [f["code"] for f in answer["findings"]] == ["too-large"]
+    assert len(json.dumps(answer)) < 2000
+    assert time.process_time() - start < 2
+    prompt = {str(k): {"class_type": "SaveImage", "inputs": {}} for k in range(6000)}
+    assert [f["code"] for f in check(None, prompt)["findings"]] == ["too-large"]
+
+
+def test_as_many_findings_as_anybody_reads() -> None:
+    """The worst first, and a number for the rest; names are as long as the file makes them."""
+    graph = multiplied(3, 10, "SaveImage")
+    graph["definitions"]["subgraphs"][-1]["nodes"][0]["title"] = "t" * 100_000
+    graph["nodes"].append({"id": 2, "type": "SaveImage"})
+    answer = check(graph)
+    assert len(answer["findings"]) == MOST_FINDINGS
+    assert answer["more"] > 400
+    assert len(json.dumps(answer)) < 1000 * MOST_FINDINGS
+    order = ["block", "error", "warning", "note"]
+    levels = [order.index(f["level"]) for f in answer["findings"]]
+    assert levels == sorted(levels)
+
+
+def test_an_output_without_its_input_is_left_out_by_the_server(conflict: Workflow) -> None:
+    """Bypassed, QuantizeModel has no report for PreviewAny; the server runs the picture all the same."""
+    box(conflict, 2)["mode"] = 4
+    answer = check(conflict)
+    assert {f["level"] for f in answer["findings"]} == {"warning"}
+    found = next(f for f in answer["findings"] if f["node"] == "20")
+    assert (found["code"], found["input"]) == ("missing-input", "source")
+    assert "the server leaves out what needs it" in found["message"]
+    # Where no output is left, nothing runs.
+    for node in conflict["nodes"]:
+        if node["type"] == "SaveImage":
+            node["mode"] = 2
+    assert "error" in {f["level"] for f in check(conflict)["findings"]}
+
+
+def test_no_remedy_is_an_option_of_the_command_line(conflict: Workflow) -> None:
+    box(conflict, 1)["widgets_values"][0] = "gone.safetensors"
+    box(conflict, 11)["type"] = "NoSuchSampler"
+    change(conflict, 3, "action", "no such action")
+    conflict["nodes"].append(
+        {"id": 70, "type": "LoadGGUF", "widgets_values": ["gone.gguf"], "outputs": [], "inputs": []}
+    )
+    answer = check(conflict)
+    assert {"missing-model", "unknown-node", "bad-value"} <= {f["code"] for f in answer["findings"]}
+    told = [f["message"] for f in answer["findings"]] + [r["text"] for f in answer["findings"] for r in f["remedies"]]
+    assert [text for text in told if "--" in text or "`quantwire " in text] == []
+    assert any("Put the file there (searched" in text for text in told)

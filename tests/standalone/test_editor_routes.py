@@ -15,6 +15,7 @@ from quantwire.hosts.standalone.host import StandaloneHost
 
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed: these routes are those of its servers")
 SHIPPED = Path(__file__).resolve().parents[2] / "workflows"
+JSON = "application/json"
 Ask = Callable[..., Awaitable[tuple[int, Any]]]
 
 
@@ -29,9 +30,10 @@ def serve(models: Path, work: Callable[[Ask], Awaitable[None]]) -> None:
         with use(StandaloneHost([models])):
             async with TestClient(TestServer(app)) as client:
 
-                async def ask(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+                async def ask(method: str, path: str, body: Any = None, kind: str = JSON) -> tuple[int, Any]:
                     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-                    answer = await client.request(method, path, data=data)
+                    headers = {"Content-Type": kind} if body is not None else {}
+                    answer = await client.request(method, path, data=data, headers=headers)
                     assert answer.content_type == "application/json"
                     return answer.status, await answer.json()
 
@@ -86,6 +88,38 @@ def test_a_bad_question_has_a_reason(demo_models: Path, path: str, body: Any, st
         assert list(found) == ["error"]
         assert said in found["error"]
         assert "Traceback" not in found["error"]
+
+    serve(demo_models, work)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_what_another_site_can_send_is_refused(demo_models: Path, kind: str) -> None:
+    """A page of any site may post these kinds to this machine without asking it first."""
+
+    async def work(ask: Ask) -> None:
+        for path in ("check", "sizes"):
+            status, found = await ask("POST", f"/quantwire/{path}", {"prompt": {}}, kind)
+            assert status == 415
+            assert "application/json" in found["error"]
+        status, _ = await ask("POST", "/quantwire/check", {"prompt": {}}, "application/json; charset=utf-8")
+        assert status == 400
+
+    serve(demo_models, work)
+
+
+def test_sizes_do_not_wait_for_a_check(demo_models: Path) -> None:
+    """The check of a large graph takes a second or so."""
+    steps = {str(k): {"class_type": "OffloadCompat", "inputs": {"model": [str(k - 1), 0]}} for k in range(1, 4000)}
+
+    async def work(ask: Ask) -> None:
+        question = {"prompt": {"1": {"class_type": "KSampler", "inputs": {}}}, "node": "1"}
+        await ask("POST", "/quantwire/sizes", question)
+        long = asyncio.ensure_future(ask("POST", "/quantwire/check", {"prompt": steps}))
+        while not routes.waiting():
+            await asyncio.sleep(0)
+        assert (await ask("POST", "/quantwire/sizes", question))[0] == 200
+        assert not long.done()
+        assert (await long)[0] == 200
 
     serve(demo_models, work)
 

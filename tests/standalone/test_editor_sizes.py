@@ -136,6 +136,54 @@ def test_what_is_not_known_has_a_reason(node: dict[str, Any], others: dict[str, 
     assert said in told["reason"]
 
 
+CONVERT = {"model_name": "diffusion_models/digits_flux.safetensors", "type": "Q8_0"}
+
+
+def convert(**inputs: Any) -> dict[str, Any]:
+    return {"class_type": "ConvertModel", "inputs": {**CONVERT, **inputs}}
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        (convert(keep_layers=7), "`keep_layers` is 7, and no text"),
+        (convert(imatrix_name=5), "`imatrix_name` is 5"),
+        (convert(calibration_name={"a": 1}), "`calibration_name` is {'a': 1}"),
+        (convert(layout=3), "`layout` is 3"),
+        (convert(type=["a"]), "`type` is ['a']"),
+        (model(model=["77", 0]), "node 77, which it is linked to, is not in the workflow"),
+        (model(config=["78", 0]), "node 78, which it is linked to, is not in the workflow"),
+        (model(format=None), "`format` is None, and no text"),
+        (model(format=5), "`format` is 5, and no text"),
+        (model(format=["2", 0]), "`format` comes from a link"),
+        (model(keep_layers=["2", 0]), "`keep_layers` comes from a link"),
+        ({"class_type": "LoadAndQuantize", "inputs": {"model_name": 5, "format": "bnb-nf4"}}, "no file is chosen"),
+    ],
+    ids=lambda v: str(v)[:60] if isinstance(v, str) else "",
+)
+def test_an_odd_value_has_a_reason_and_costs_the_other_nodes_nothing(node: dict[str, Any], said: str) -> None:
+    told = sizes({"1": LOADER, "2": ENCODER, "3": model(), "9": node}, ["9", "3"])
+    assert list(told["9"]) == ["reason"]
+    assert said in told["9"]["reason"]
+    assert told["3"]["sizes"]["bnb-nf4"] > 0
+
+
+def test_an_empty_value_is_none() -> None:
+    assert of(model(keep_layers=None)) == of(model())
+    assert of(convert(keep_layers=None, imatrix_name=None)) == of(convert())
+
+
+def test_a_fault_of_one_node_is_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever fails: the other nodes have their sizes, and the log has the traceback."""
+    from quantwire.nodes import conversion
+
+    monkeypatch.setattr(conversion, "resolve", lambda name: {}[name])
+    told = sizes({"1": LOADER, "3": model(), "9": convert()}, ["9", "3"])
+    assert "KeyError" in told["9"]["reason"]
+    assert told["3"]["sizes"]["bnb-nf4"] > 0
+    assert "Traceback" in caplog.text
+
+
 def test_a_file_that_is_replaced_is_read_again(tmp_path: Path, demo_models: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

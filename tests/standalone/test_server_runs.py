@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="the server needs aiohttp, of the extra `editor`")
 
+import aiohttp
 from quantwire.hosts.standalone.executor import Executor
 from quantwire.hosts.standalone.progress import Interrupted
 
@@ -397,3 +400,111 @@ def test_a_run_can_be_cancelled_before_it_begins_and_results_be_forgotten() -> N
     Steps.gate.release(1)
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_deep_workflow_is_shown_while_it_waits_and_a_deeper_one_is_refused(on_server: Scenario) -> None:
+    def nested(levels: int) -> Any:
+        made: Any = []
+        for _ in range(levels):
+            made = [made]
+        return made
+
+    async def scenario(s: Serving) -> None:
+        tab = await s.client().connect()
+        await tab.queue(steps(2))
+        deep = await tab.queue(SHOWN, extra_data={"extra_pnginfo": {"x": nested(90)}})
+        status, answer = await tab.post("/prompt", {"prompt": SHOWN, "extra_data": {"x": nested(200)}})
+        assert (status, "levels" in answer["error"]) == (400, True)
+        queue = await tab.get("/queue")
+        ((number, prompt_id, prompt, extra, outputs),) = queue["queue_pending"]
+        assert (number, prompt_id, prompt, outputs) == (1, deep, SHOWN, ["2"])
+        assert extra["extra_pnginfo"] == {"x": nested(90)}
+        Steps.gate.release(2)
+        await tab.until_done(deep)
+        assert (await tab.get(f"/history/{deep}"))[deep]["prompt"][3] == extra
+
+    on_server(scenario)
+
+
+def test_memory_that_is_freed_before_the_first_run_is_not_freed_after_it(on_server: Scenario) -> None:
+    async def scenario(s: Serving) -> None:
+        tab = await s.client().connect()
+        assert (await tab.post("/free", {"unload_models": True}))[0] == 200
+        await tab.queue(SHOWN)
+        await tab.until_done()
+        await tab.queue(SHOWN)
+        assert of(await tab.until_done(), "execution_cached")[0]["nodes"] == ["1", "2"]
+
+    on_server(scenario)
+
+
+def test_the_history_is_unpacked_beside_the_event_loop(on_server: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(s: Serving) -> None:
+        tab = await s.client().connect()
+        for _ in range(3):
+            await tab.queue(SHOWN)
+            await tab.until_done()
+        threads: list[int] = []
+        real = gzip.decompress
+
+        def unpack(data: bytes) -> bytes:
+            threads.append(threading.get_ident())
+            return real(data)
+
+        monkeypatch.setattr(gzip, "decompress", unpack)
+        assert len(await tab.get("/history")) == 3
+        assert len(threads) == 3
+        assert threading.get_ident() not in threads
+
+    on_server(scenario)
+
+
+def test_a_prompt_waits_while_libraries_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, loaded = threading.Event(), threading.Event()
+
+    def load() -> None:
+        loading.set()
+        loaded.wait(30)
+
+    async def scenario() -> None:
+        async with serving(tmp_path) as s:
+            monkeypatch.setattr("quantwire.hosts.standalone.server.runs_libraries.load", load)
+            tab = await s.client().connect()
+            await tab.queue(SHOWN)
+            assert await asyncio.to_thread(loading.wait, 20)
+            start.append(time.monotonic())
+
+    start: list[float] = []
+    try:
+        asyncio.run(scenario())
+        assert time.monotonic() - start[0] < 5
+        kept = tmp_path / "user" / "__runs"
+        assert (len(list((kept / "queue").iterdir())), list((kept / "running").iterdir())) == (1, [])
+    finally:
+        loaded.set()
+
+
+def test_a_sleeping_client_is_asked_whether_it_is_there(on_server: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantwire.hosts.standalone.server.events.HEARTBEAT_S", 0.2)
+
+    async def scenario(s: Serving) -> None:
+        async with s.session.ws_connect(f"{s.base}/ws?clientId=a", autoping=False) as socket:
+            kinds = {(await socket.receive(5)).type for _ in range(3)}
+        assert aiohttp.WSMsgType.PING in kinds
+
+    on_server(scenario)
+
+
+def test_old_previews_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    temp = tmp_path / "out" / "temp"
+    temp.mkdir(parents=True)
+    for name in ("preview_00001_.png", "preview_00002_.png.tmp", "mine.png", "preview_a.png"):
+        (temp / name).write_bytes(b"x")
+
+    async def scenario() -> None:
+        async with serving(tmp_path):
+            assert sorted(p.name for p in temp.iterdir()) == ["mine.png", "preview_a.png"]
+            (temp / "preview_00007_.png").write_bytes(b"x")
+
+    asyncio.run(scenario())
+    assert sorted(p.name for p in temp.iterdir()) == ["mine.png", "preview_a.png"]

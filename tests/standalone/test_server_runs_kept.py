@@ -28,7 +28,7 @@ import aiohttp
 from quantwire.hosts.standalone.server import events
 from quantwire.hosts.standalone.server.history import History
 from quantwire.hosts.standalone.server.previews import LatentColors
-from quantwire.hosts.standalone.server.queue import Job, PromptQueue
+from quantwire.hosts.standalone.server.queue import Job, KnownId, PromptQueue
 from quantwire.quantizers.errors import FileError
 
 from .server_runs import SHOWN, Client, Steps, serving, steps
@@ -174,7 +174,7 @@ def test_history_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in "abcde":
         history.add(name, entry(name))
     assert [s["id"] for s in history.summaries()] == ["c", "d", "e"]
-    assert len(list(tmp_path.glob("*"))) == 3
+    assert sorted(p.name[11:12] for p in tmp_path.glob("*.gz")) == ["c", "d", "e"]
     noise = base64.b64encode(os.urandom(4000)).decode()
     monkeypatch.setattr("quantwire.hosts.standalone.server.history.MAX_NBYTES", 5000)
     history.add("f", entry("f", noise))
@@ -184,6 +184,47 @@ def test_history_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fresh.restore()
     assert fresh.get("g") == history.get("g") == entry("g", noise)
     assert json.loads(b"".join(fresh.texts())) == {"g": entry("g", noise)}
+
+
+def test_summaries_are_read_and_made_anew_only_where_they_do_not_fit(tmp_path: Path) -> None:
+    history, index = History(tmp_path), tmp_path / "summaries.jsonl"
+    for name in "abc":
+        history.add(name, entry(name))
+    history.delete(["a"])
+    lines = [json.loads(line) for line in index.read_bytes().splitlines()]
+    assert [line[1][11:12] for line in lines] == ["b", "c"]
+    lines[0][3]["status"] = "from the index"  # fits its entry by its checksum, so the entry is not unpacked
+    lines[1][2:] = [1, {"status": "of another entry"}]
+    index.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + b'[1, "half')
+    fresh = History(tmp_path)
+    fresh.restore()
+    assert [s["status"] for s in fresh.summaries()] == ["from the index", "completed"]
+    assert [json.loads(line)[3] for line in index.read_bytes().splitlines()] == fresh.summaries()
+
+
+def test_the_index_of_summaries_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantwire.hosts.standalone.server.history.MAX_ENTRIES", 3)
+    history = History(tmp_path)
+    for name in range(20):
+        history.add(str(name), entry(str(name)))
+    assert len((tmp_path / "summaries.jsonl").read_bytes().splitlines()) <= 7
+
+
+def test_one_id_enters_the_queue_once(tmp_path: Path) -> None:
+    queue = PromptQueue(tmp_path, lambda: None)
+    queue.put(Job(0, "same", {}, {}, []))
+    with pytest.raises(KnownId):
+        queue.put(Job(1, "same", {}, {}, []))
+    assert queue.get() is not None
+    with pytest.raises(KnownId):  # it runs
+        queue.put(Job(2, "same", {}, {}, []))
+
+
+def test_a_number_beyond_all_counting_does_not_stop_the_counting(tmp_path: Path) -> None:
+    PromptQueue(tmp_path, lambda: None).put(Job(1e308, "far", {}, {}, []))
+    queue = PromptQueue(tmp_path, lambda: None)
+    queue.restore()
+    assert [queue.next_number(False), queue.next_number(False)] == [0, 1]
 
 
 def test_news_replace_older_news_and_previews_cost_nothing() -> None:

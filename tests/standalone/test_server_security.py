@@ -256,7 +256,7 @@ BROKEN = {
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_no_json_is_a_400_that_says_so(server_process: ServerProcess, body: bytes):
     for path in JSON_ROUTES:
-        answer = server_process.ask(f"/api{path}", body)
+        answer = server_process.ask(f"/api{path}", body, headers={"Content-Type": "application/json"})
         assert answer.status == 400, (path, answer.body)
         assert answer.error
 

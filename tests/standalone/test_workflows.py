@@ -20,6 +20,8 @@ from quantwire.hosts.standalone.workflow import load_workflow
 from quantwire.nodes import NODE_CLASS_MAPPINGS
 from quantwire.quantizers.errors import WorkflowError
 from quantwire.workflows import build
+from quantwire.workflows.describe import Node, Workflow
+from quantwire.workflows.editor_form import heights_of
 
 FOLDER = Path(build.__file__).parent
 NAMES = [w.name for w in build.WORKFLOWS]
@@ -133,6 +135,43 @@ def test_nothing_overlaps(name: str) -> None:
     groups = {g["title"]: (x, y, x + w, y + h) for g in graph["groups"] for x, y, w, h in [g["bounding"]]}
     for (a, at), (b, other) in itertools.combinations(groups.items(), 2):
         assert apart(at, other), f"group {a} and group {b}"
+
+
+@pytest.mark.parametrize("workflow", build.WORKFLOWS, ids=lambda w: w.name)
+def test_nothing_overlaps_where_the_editor_shows_every_widget(workflow: Workflow) -> None:
+    """Without the pack's extension the editor makes nodes higher when it opens the file."""
+    graph = read(FOLDER / f"{workflow.name}.json")
+    grown: dict[str, Area] = {}
+    for box in graph["nodes"]:
+        left, top, right, bottom = area_of(box)
+        if box["type"] != "MarkdownNote":
+            shown, every = heights_of(workflow.nodes[str(box["id"])])
+            assert box["size"][1] == shown
+            bottom += every - shown
+        grown[box["title"]] = (left, top, right, bottom)
+    for (a, at), (b, other) in itertools.combinations(grown.items(), 2):
+        assert apart(at, other), f"{a} and {b}: {at} {other}"
+
+
+OFFLOAD = {"model": ("1", 0)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "widgets"),
+    [
+        ("OffloadCompat", {**OFFLOAD, "mode": "auto"}, 7),
+        ("OffloadCompat", {**OFFLOAD, "mode": "sequential"}, 6),
+        ("OffloadCompat", {**OFFLOAD, "mode": "group"}, 3),
+        ("OffloadCompat", {**OFFLOAD, "mode": ("2", 0)}, 0),
+        ("ConvertModel", {"type": "Q4_K_M"}, 2),
+        ("ConvertModel", {"type": "Q4_K_M", "layout": "diffusers"}, 1),
+        ("QuantizeModel", {**OFFLOAD, "format": "bnb-nf4"}, 0),
+    ],
+)
+def test_a_node_has_the_height_of_what_is_shown(kind: str, inputs: dict[str, Any], widgets: int) -> None:
+    """Linked widgets decide when the graph runs, and a value that would stop the run stays in sight."""
+    shown, every = heights_of(Node(kind, kind, inputs))
+    assert every - shown == 24 * widgets
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,11 +6,19 @@ memory, within the limits of size and time. The functions here turn what is no J
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
 
 from aiohttp import web
+
+MAX_VALUES = 500_000
+"""In one body. Python holds its lock while it parses, so everything else waits: 0.1 s for as many."""
+MAX_NESTED = 100
+"""Levels. What is taken must be written again, a few levels deeper; Python's own limit of calls is no fixed depth."""
+AT_ONCE_NBYTES = 64 << 10
+_PARTS = (b",", b"[", b"{")
 
 
 class Refused(Exception):
@@ -29,14 +37,53 @@ async def json_body(request: web.Request) -> Any:
     """The body as JSON.
 
     Raises:
-        Refused: 400, with what is wrong.
+        Refused: 400, with what is wrong; 413 for more values than are taken.
     """
+    body = await request.read()
+    return parsed(body) if len(body) < AT_ONCE_NBYTES else await asyncio.to_thread(parsed, body)
+
+
+def parsed(body: bytes) -> Any:
+    """Bytes as JSON that every page can read, too.
+
+    Raises:
+        Refused: as `json_body`.
+    """
+    # Before it is parsed, since that cannot be stopped; what stands in texts counts too, which no real body notices.
+    if sum(map(body.count, _PARTS)) > MAX_VALUES:
+        raise Refused(413, f"The body holds more than {MAX_VALUES} values.")
+    too_deep = Refused(400, f"The body is JSON nested more than {MAX_NESTED} levels deep.")
     try:
-        return json.loads(await request.read(), parse_constant=_number, parse_float=_number)
+        data = json.loads(body, parse_constant=_refuse_constant)
+        if not _is_plain(data):
+            raise too_deep
     except RecursionError as err:
-        raise Refused(400, "The body is JSON nested too deeply.") from err
+        raise too_deep from err
     except ValueError as err:  # no JSON, no UTF-8, or a number of thousands of digits
         raise Refused(400, f"The body is not JSON: {err}.") from err
+    return data
+
+
+def _is_plain(data: Any) -> bool:
+    """Whether no value lies deeper than MAX_NESTED.
+
+    Raises:
+        ValueError: a number is infinite: Python reads 1e999, a page's parser would fail at what is then answered.
+    """
+    level = [data]
+    for _ in range(MAX_NESTED + 1):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is too large")
+        if not below:
+            return True
+        level = below
+    return False
 
 
 async def json_object(request: web.Request) -> dict[str, Any]:
@@ -51,9 +98,6 @@ async def json_object(request: web.Request) -> dict[str, Any]:
     return data
 
 
-def _number(text: str) -> float:
-    """Python reads NaN, Infinity and 1e999; a page's parser would fail at what is then answered."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is no JSON number")
-    return number
+def _refuse_constant(text: str) -> None:
+    """Python reads NaN and Infinity; a page's parser would fail at what is then answered."""
+    raise ValueError(f"{text} is no JSON number")

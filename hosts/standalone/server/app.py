@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import importlib
 import logging
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ ROUTE_MODULES = (
     "definitions", "system", "files", "uploads", "userdata", "settings", "model_files", "help", "pack",
 )  # fmt: skip
 
+PREVIEW = re.compile(r"preview_\d+_\.png(\.tmp)?")  # as PreviewImage names them
 EMPTY_FILES = {"comfy.templates.json": "[]", "user.css": "", "workflows/.index.json": '{"favorites": []}'}
 
 
@@ -51,6 +53,8 @@ class ServerConfig:
         models: as `StandaloneHost`'s.
         user: its folder `default` holds what the editor keeps, as in ComfyUI; beside it is what the server keeps.
         front_end: folder of the front end's index.html.
+        host: address or name to listen on, as it was given.
+        bound: the address that this turned out to be; empty: the same.
         max_body_nbytes: of a request, but for uploads.
     """
 
@@ -60,6 +64,7 @@ class ServerConfig:
     input: Path = Path("input")
     user: Path = Path("user")
     host: str = HOST
+    bound: str = ""
     port: int = PORT
     max_body_nbytes: int = 32 * MIB
     max_upload_nbytes: int = 100 * MIB
@@ -89,6 +94,7 @@ class Server:
         self._lock = threading.Lock()
         self._host: StandaloneHost | None = None
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="quantwire-host")
+        self._picture_threads = ThreadPoolExecutor(2, thread_name_prefix="quantwire-picture")
 
     @property
     def host(self) -> StandaloneHost:
@@ -121,6 +127,10 @@ class Server:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something that waits for a disk beside the event loop."""
         return await asyncio.to_thread(work)
+
+    async def with_pictures(self, work: Callable[[], T]) -> T:
+        """Run something that unpacks pictures, few at a time: each may take hundreds of megabytes."""
+        return await asyncio.get_running_loop().run_in_executor(self._picture_threads, work)
 
     async def with_host(self, work: Callable[[], T]) -> T:
         """Run something beside the event loop with this server's host as the current one.
@@ -162,11 +172,13 @@ def _twice(routes: Iterable[web.RouteDef]) -> Iterable[web.RouteDef]:
 
 async def _life(server: Server) -> AsyncIterator[None]:
     await server.in_thread(lambda: _make_folders(server.config))
+    await server.in_thread(lambda: _empty_temp(server.config.temp))
     server.run.start()
     threading.Thread(target=_load, args=(server,), name="quantwire-load", daemon=True).start()
     with kept(server.log):
         yield
     await server.in_thread(server.run.stop)
+    await server.in_thread(lambda: _empty_temp(server.config.temp))
 
 
 def _make_folders(config: ServerConfig) -> None:
@@ -177,6 +189,16 @@ def _make_folders(config: ServerConfig) -> None:
     for name, empty in EMPTY_FILES.items():
         if not (data / name).exists():
             (data / name).write_text(empty, encoding="utf-8")
+
+
+def _empty_temp(folder: Path) -> None:
+    """Previews are for the runs of one server, as in ComfyUI; what else lies in the folder is not ours."""
+    for path in folder.iterdir():
+        if PREVIEW.fullmatch(path.name) and not path.is_dir():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as err:
+                log.warning("%s cannot be removed: %s", path, err.strerror or err)
 
 
 def _load(server: Server) -> None:

@@ -119,6 +119,14 @@ def is_image(path: Path) -> bool:
     return (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
 
 
+def stat_of(path: Path) -> os.stat_result | None:
+    """None where the file is gone: between a listing and its reading, others delete."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
 def temporary_beside(path: Path) -> Path:
     """A name that nobody else has, hidden, in the same folder. Not tempfile's: its files are for their owner alone."""
     return path.with_name(f".{uuid.uuid4().hex}.tmp")

@@ -35,6 +35,8 @@ MAX_WAITING_NBYTES = 8 << 20
 STALL_S = 30.0
 """How long one message may wait for a reader whose system buffers are full."""
 CLOSE_S = 1.0
+HEARTBEAT_S = 30.0
+"""A computer that was put to sleep keeps its place no longer than one and a half of these."""
 MAX_INCOMING_NBYTES = 64 << 10
 """The editor sends its feature flags and little else."""
 
@@ -175,7 +177,7 @@ class Events:
         if count >= MAX_CONNECTIONS:
             text = f"{count} connections are open, which is as many as this server takes. Close an editor tab."
             return web.json_response({"error": text}, status=503)
-        socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_INCOMING_NBYTES)
+        socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_INCOMING_NBYTES, heartbeat=HEARTBEAT_S)
         await socket.prepare(request)
         sid = request.query.get("clientId", "")[:200] or uuid.uuid4().hex
         outbox = Outbox(sid, asyncio.get_running_loop(), lambda: _cut_off(request))

@@ -16,6 +16,7 @@ from aiohttp import web
 from . import pictures
 from .answers import Refused
 from .confine import SHOWN, content_type, existing
+from .sending import File
 
 if TYPE_CHECKING:
     from .app import Server
@@ -53,16 +54,16 @@ def routes(server: Server) -> list[web.RouteDef]:
         which = query.get("channel", "rgba")
         if "preview" in query:
             form, quality = _preview(query["preview"], which)
-            body, kind = await server.in_thread(lambda: pictures.smaller(path, form, quality, which == "rgb"))
+            body, kind = await server.with_pictures(lambda: pictures.smaller(path, form, quality, which == "rgb"))
             return web.Response(body=body, content_type=kind, headers={"Content-Disposition": _named(path)})
         if which in ("rgb", "a"):
-            body = await server.in_thread(lambda: pictures.channel(path, which))
+            body = await server.with_pictures(lambda: pictures.channel(path, which))
             return web.Response(body=body, content_type="image/png", headers={"Content-Disposition": _named(path)})
         kind = content_type(path, SHOWN)
         disposition = _named(path, "attachment" if kind == DOWNLOAD else "inline")
-        # A preview's name is used again once the temp folder was emptied.
+        # A preview's name is used again after a restart, which empties the temp folder.
         headers = {"Content-Type": kind, "Content-Disposition": disposition, "Cache-Control": "no-cache"}
-        return web.FileResponse(path, headers=headers)
+        return File(path, headers=headers)
 
     return [web.get("/view", view)]
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from ..folders import PACK_ROOT
-from .confine import PROGRAMS, content_type, existing
+from .answers import Refused
+from .confine import PROGRAMS, content_type, existing, is_image, shown
+from .sending import File
 
 if TYPE_CHECKING:
     from .app import Server
@@ -35,13 +37,13 @@ def routes(server: Server) -> list[web.RouteDef]:
     root = server.config.front_end
 
     async def index(_: web.Request) -> web.StreamResponse:
-        response = _file(root / "index.html", "no-store")
-        response.headers["Content-Security-Policy"] = POLICY
-        return response
+        return _page(root / "index.html")
 
     async def front_end(request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         path = await server.in_thread(lambda: existing(root, name))
+        if path.suffix.lower() in (".html", ".htm"):
+            return _page(path)
         return _file(path, FOR_GOOD if name.startswith("assets/") else ASK_AGAIN)
 
     async def extension(request: web.Request) -> web.StreamResponse:
@@ -51,7 +53,7 @@ def routes(server: Server) -> list[web.RouteDef]:
         return web.json_response(await server.in_thread(lambda: [*_own(root), *_packs()]))
 
     async def template(request: web.Request) -> web.StreamResponse:
-        return _file(await server.in_thread(lambda: existing(TEMPLATES, request.match_info["name"])), ASK_AGAIN)
+        return _file(await server.in_thread(lambda: _template(request.match_info["name"])), ASK_AGAIN)
 
     async def templates(_: web.Request) -> web.Response:
         return web.json_response({PACK: await server.in_thread(_template_names)})
@@ -83,8 +85,22 @@ def routes(server: Server) -> list[web.RouteDef]:
     ]
 
 
-def _file(path: Path, cached: str) -> web.FileResponse:
-    return web.FileResponse(path, headers={"Content-Type": content_type(path, PROGRAMS), "Cache-Control": cached})
+def _template(name: str) -> Path:
+    """A workflow or its picture; the folder holds the programs that make them, too."""
+    path = existing(TEMPLATES, name)
+    if path.suffix != ".json" and not is_image(path):
+        raise Refused(404, f"There is no template '{shown(name)}'.")
+    return path
+
+
+def _page(path: Path) -> File:
+    response = _file(path, "no-store")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response
+
+
+def _file(path: Path, cached: str) -> File:
+    return File(path, headers={"Content-Type": content_type(path, PROGRAMS), "Cache-Control": cached})
 
 
 def _own(root: Path) -> list[str]:

@@ -33,11 +33,14 @@ class LogLines(logging.Handler):
         self.readers = (*others, client_id) if enabled else others
 
     def emit(self, record: logging.LogRecord) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
-        line = {"t": stamp, "m": f"{record.levelname}: {record.getMessage()[:MAX_LINE]}\n"}
-        self.lines.append(line)
-        for client_id in self.readers:
-            self._tell(line, client_id)
+        try:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+            line = {"t": stamp, "m": f"{record.levelname}: {record.getMessage()[:MAX_LINE]}\n"}
+            self.lines.append(line)
+            for client_id in self.readers:
+                self._tell(line, client_id)
+        except Exception:  # a library's slip in its logging must not fail the run that it logs in
+            self.handleError(record)
 
 
 def quieter(record: logging.LogRecord) -> bool:

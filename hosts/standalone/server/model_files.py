@@ -12,7 +12,7 @@ from aiohttp import web
 
 from ..folders import ALIASES
 from .answers import Refused
-from .confine import inside, is_image, shown
+from .confine import inside, is_image, shown, stat_of
 
 if TYPE_CHECKING:
     from .app import Server
@@ -61,7 +61,7 @@ def routes(server: Server) -> list[web.RouteDef]:
 
     async def preview(request: web.Request) -> web.Response:
         folder = await _known(server, request)
-        body = await server.in_thread(lambda: _preview(server, folder, request.match_info))
+        body = await server.with_pictures(lambda: _preview(server, folder, request.match_info))
         return web.Response(body=body, content_type="image/webp")
 
     async def metadata(request: web.Request) -> web.Response:
@@ -90,8 +90,7 @@ def _listed(server: Server, folder: str) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for name in server.folders.list_files(folder, SUFFIXES):
         for index, path in enumerate(server.folders.candidates(folder, name)):
-            if path.is_file():
-                s = path.stat()
+            if path.is_file() and (s := stat_of(path)):
                 made.append(
                     {"name": name, "pathIndex": index, "size": s.st_size, "modified": s.st_mtime, "created": s.st_ctime}
                 )

@@ -14,7 +14,11 @@ from .confine import shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 100_000_000  # 400 MB as RGBA; the size stands in the header, so nothing is unpacked to learn it
+MAX_PIXELS = 80_000_000  # 320 MB as RGBA; the size stands in the header, so nothing is unpacked to learn it
+PREVIEW_PIXELS = 2048
+"""Of the longer side: more than a node shows on any screen, and quick to pack."""
+# Pillow has readers that start programs (EPS: Ghostscript) or that hardly anybody ever looked at.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "ICO")
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def opened(source: Path | IO[bytes], name: str = "") -> Iterator[Image]:
 
     name = name or (source.name if isinstance(source, Path) else "the upload")
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Refused(400, f"'{shown(name)}' has {image.width} x {image.height} pixels, more than are opened.")
             yield image
@@ -37,8 +41,10 @@ def opened(source: Path | IO[bytes], name: str = "") -> Iterator[Image]:
 
 
 def smaller(path: Path, form: str, quality: int, rgb: bool) -> tuple[bytes, str]:
-    """A picture as WebP or JPEG, for the editor's thumbnails."""
+    """A picture as WebP or JPEG, at most PREVIEW_PIXELS wide and high, for the editor's thumbnails."""
     with opened(path) as image:
+        if max(image.size) > PREVIEW_PIXELS:
+            image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
         made = image.convert("RGB") if rgb or form == "jpeg" else image
         return _saved(made, form, quality=quality), f"image/{form}"
 

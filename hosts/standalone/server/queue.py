@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,16 @@ MAX_PENDING_NBYTES = 256 << 20
 """Of JSON; a prompt with its editor workflow has some 100 KB."""
 
 
+MAX_NUMBER = 2**53
+"""JavaScript counts in whole steps up to here."""
+
+
 class QueueFull(Exception):
     """The message says how full, and what to do."""
+
+
+class KnownId(Exception):
+    """A prompt of this id waits or runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +73,11 @@ class Job:
     def to_json(self) -> list[Any]:
         """As /queue and /history show it."""
         return [self.number, self.prompt_id, self.prompt, self.extra_data, self.outputs]
+
+    @cached_property
+    def texts(self) -> tuple[bytes, ...]:
+        """The same as JSON, made once: the editor asks for the whole queue after every run."""
+        return tuple(map(text_json, self.to_json()))
 
 
 def number_of(value: float) -> float:
@@ -100,9 +114,11 @@ class PromptQueue:
         return -number if front else number
 
     def put(self, job: Job) -> None:
-        """Raises QueueFull."""
-        data = text_json(_record(job))
+        """Raises QueueFull, KnownId."""
+        data = _record(job)
         with self._lock:
+            if self._has(job.prompt_id):
+                raise KnownId(job.prompt_id)
             if len(self._heap) >= MAX_PENDING or sum(self._sizes.values()) + len(data) > MAX_PENDING_NBYTES:
                 raise QueueFull(f"{len(self._heap)} prompts wait already. Wait for some to finish, or clear the queue.")
             self._push(job, len(data))
@@ -115,6 +131,12 @@ class PromptQueue:
         self._count += 1
         self._sizes[job.prompt_id] = nbytes
         heapq.heappush(self._heap, (job.number, self._count, job))
+
+    def wait(self) -> bool:
+        """Wait until `get` has something to answer; whether it is a prompt, as things are."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._heap or self._stopped or self._woken)
+            return bool(self._heap) and not self._stopped
 
     def get(self) -> Job | None:
         """Wait for the next prompt, which then counts as running; None when the queue was stopped or `wake` called."""
@@ -169,7 +191,10 @@ class PromptQueue:
 
     def has(self, prompt_id: str) -> bool:
         with self._lock:
-            return prompt_id in self._sizes or (self._running is not None and self._running.prompt_id == prompt_id)
+            return self._has(prompt_id)
+
+    def _has(self, prompt_id: str) -> bool:
+        return prompt_id in self._sizes or (self._running is not None and self._running.prompt_id == prompt_id)
 
     def interrupt(self, prompt_id: str | None = None) -> bool:
         """Stop the run in progress if it is that prompt, or whatever it is; in one step, so it never hits the next."""
@@ -209,19 +234,21 @@ class PromptQueue:
         with self._lock:
             for _, job, nbytes in waiting[:MAX_PENDING]:
                 self._push(job, nbytes)
-                self._next_number = max(self._next_number, int(abs(job.number)) + 1)
             self._lock.notify()
         dead = [job for _, job, _ in _read_jobs(self._running_folder)]
-        self._next_number = max([self._next_number, *(int(abs(job.number)) + 1 for job in dead)])
+        numbers = [abs(job.number) for job in (*dead, *(job for _, job, _ in waiting))]
+        self._next_number = max([self._next_number, *(int(n) + 1 for n in numbers if n < MAX_NUMBER)])
         return dead
 
     def forget_dead(self, job: Job) -> None:
         _remove(self._running_folder / f"{job.prompt_id}.json")
 
 
-def _record(job: Job) -> dict[str, Any]:
+def _record(job: Job) -> bytes:
+    """The JSON object that lies in the job's file."""
     names = ("number", "prompt_id", "prompt", "extra_data", "outputs")
-    return {"queued_at": time.time(), **dict(zip(names, job.to_json(), strict=True))}
+    parts = [b'"%s": %s' % (name.encode(), text) for name, text in zip(names, job.texts, strict=True)]
+    return b"{" + b", ".join([b'"queued_at": %s' % text_json(time.time()), *parts]) + b"}"
 
 
 def _read_jobs(folder: Path) -> list[tuple[tuple[float, float], Job, int]]:
@@ -275,8 +302,10 @@ def _remove(path: Path) -> None:
 def routes(server: Server) -> list[web.RouteDef]:
     async def get_queue(_: web.Request) -> web.Response:
         running, waiting = server.run.queue.snapshot()
-        shown = {"queue_running": [j.to_json() for j in running], "queue_pending": [j.to_json() for j in waiting]}
-        return web.Response(body=await server.in_thread(lambda: text_json(shown)), content_type="application/json")
+        body = await server.in_thread(
+            lambda: b'{"queue_running": %s, "queue_pending": %s}' % (_list(running), _list(waiting))
+        )
+        return web.Response(body=body, content_type="application/json")
 
     async def post_queue(request: web.Request) -> web.Response:
         data = await json_object(request)
@@ -300,6 +329,10 @@ def routes(server: Server) -> list[web.RouteDef]:
         web.post("/queue", post_queue),
         web.post("/interrupt", post_interrupt),
     ]
+
+
+def _list(jobs: Iterable[Job]) -> bytes:
+    return b"[" + b", ".join(b"[" + b", ".join(job.texts) + b"]" for job in jobs) + b"]"
 
 
 def id_list(value: Any, name: str) -> list[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import logging
-import math
 import os
 import threading
 import time
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ....quantizers.errors import FileError
+from ... import use
 from .answers import json_object
 from .events import Events, Outbox, text_json, text_message
 from .history import History
 from .jobs import job_id_fault
 from .previews import LatentColors
-from .queue import Job, PromptQueue, QueueFull, number_of
+from .queue import MAX_NUMBER, Job, KnownId, PromptQueue, QueueFull, number_of
 from .runs_check import fault, judge
 from .system import features
 
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 ACCOUNT_KEYS = ("auth_token_comfy_org", "api_key_comfy_org")
 """What the editor sends for ComfyUI's paid services: no node here asks for it, and it must not end in a file."""
 STOP_S = 10.0
+KNOWN = fault("invalid_prompt_id", "prompt_id was used before", "Omit it, and the server makes one.")
 
 
 class RunState:
@@ -69,6 +71,7 @@ class RunState:
         self.current: RunEvents | None = None
         self._free = threading.Event()
         self._loading: asyncio.Future[None] | None = None
+        self._preparing = False
         self._thread: threading.Thread | None = None
         # One thread: 200 prompts at once are checked one after another, and leave the other threads to other routes.
         self.checker = ThreadPoolExecutor(1, "quantwire-check")
@@ -92,14 +95,16 @@ class RunState:
 
         Returns:
             whether it ended in time. A node that never looks whether it was interrupted holds the thread, which ends
-            with the process; the next server then says in the history that the run was stopped.
+            with the process; the next server then says in the history that the run was stopped. Libraries that are
+            being loaded are not waited for: no prompt was taken yet.
         """
         self.queue.stop()
         self.checker.shutdown(wait=False, cancel_futures=True)
-        ended = True
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            ended = not self._thread.is_alive()
+        ended, end = True, time.monotonic() + timeout_s
+        if (thread := self._thread) is not None:
+            while thread.is_alive() and not self._preparing and time.monotonic() < end:
+                thread.join(0.02)
+            ended = not thread.is_alive()
         if ended:
             self._lock_file.close()
         return ended
@@ -118,16 +123,33 @@ class RunState:
     def _work(self) -> None:
         executor: Executor | None = None
         while not self.queue.stopped:
+            if executor is None and self.queue.wait():
+                self._prepare()
             job = self.queue.get()
+            if self._free.is_set():
+                self._free.clear()
+                if executor is not None:
+                    _free(executor)
             if job is not None:
                 executor = self._one(job, executor)
-            if executor is not None and self._free.is_set():
-                self._free.clear()
-                _free(executor)
+
+    def _prepare(self) -> None:
+        """Load what a run needs while its prompt still waits: a server that is stopped meanwhile has not lost it."""
+        from .runs_libraries import load
+
+        self._preparing = True
+        try:
+            importlib.import_module("..executor", __package__)
+            with use(self._server.host):
+                _ = self._server.node_classes
+            load()
+        except Exception:  # the run fails with the same reason, in words
+            _log.exception("what a run needs cannot be loaded")
+        finally:
+            self._preparing = False
 
     def _one(self, job: Job, executor: Executor | None) -> Executor | None:
         """Run a prompt and note how it ended; whatever happens, this thread goes on."""
-        from ... import use
         from .runs_listener import RunEvents
 
         run = self.current = RunEvents(job, self.events, self.colors)
@@ -286,8 +308,6 @@ async def _queued(server: Server, data: dict[str, Any]) -> tuple[int, dict[str, 
     """Check a prompt and put it into the queue: status and answer."""
     if wrong := _shape_fault(data, server.run):
         return 400, {"error": wrong, "node_errors": {}}
-    from ... import use
-
     state, targets = server.run, data.get("partial_execution_targets")
     prompt_id = data.get("prompt_id") or str(uuid.uuid4())
     number = number_of(data["number"]) if "number" in data else state.queue.next_number(bool(data.get("front")))
@@ -297,14 +317,16 @@ async def _queued(server: Server, data: dict[str, Any]) -> tuple[int, dict[str, 
             verdict = judge(data["prompt"], server.node_classes, None if targets is None else set(targets))
         if verdict.error is not None:
             return 400, verdict.refusal()
-        try:
-            state.queue.put(Job(number, prompt_id, data["prompt"], _extra_data(data), verdict.outputs))
-        except RecursionError:
-            return 400, {"error": fault("invalid_request", "extra_data is nested too deeply"), "node_errors": {}}
+        # Again, since another request may have brought the same id meanwhile; here they come one by one.
+        if prompt_id in state.history:
+            raise KnownId(prompt_id)
+        state.queue.put(Job(number, prompt_id, data["prompt"], _extra_data(data), verdict.outputs))
         return 200, {"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors}
 
     try:
         return await asyncio.get_running_loop().run_in_executor(state.checker, work)
+    except KnownId:
+        return 400, {"error": KNOWN, "node_errors": {}}
     except QueueFull as err:
         return 429, {"error": fault("queue_full", str(err)), "node_errors": {}}
 
@@ -317,9 +339,9 @@ def _shape_fault(data: Mapping[str, Any], state: RunState) -> dict[str, Any] | N
     if prompt_id is not None and (why := job_id_fault(prompt_id)):
         return fault("invalid_prompt_id", "prompt_id must be a valid UUID", why)
     if prompt_id is not None and (state.queue.has(prompt_id) or prompt_id in state.history):
-        return fault("invalid_prompt_id", "prompt_id was used before", "Omit it, and the server makes one.")
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-        return fault("invalid_request", "number must be a number", repr(number)[:80])
+        return KNOWN
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= MAX_NUMBER:
+        return fault("invalid_request", "number must be a number of at most 2**53", str(number)[:80])
     targets = data.get("partial_execution_targets")
     if targets is not None and not (isinstance(targets, list) and all(isinstance(t, (str, int)) for t in targets)):
         return fault("invalid_request", "partial_execution_targets must be a list of node ids")

@@ -6,6 +6,7 @@ marks what was left out, so nothing is missing silently.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ....quantizers.errors import WorkflowError
 from ..validate import Problem, check
 from ..workflow import Prompt, as_link, parse_workflow
 
+MAX_SHOWN = 1_000
 MESSAGES = {
     "required_input_missing": "Required input is missing",
     "bad_linked_input": "Bad linked input",
@@ -65,14 +67,16 @@ def judge(data: Any, node_classes: Mapping[str, type], targets: Collection[str] 
         first = next(p for p in problems if p.kind == "missing_node_type" and p.node_id == node.id)
         about = {"node_id": node.id, "class_type": node.class_type, "node_title": node.title or node.class_type}
         where = f"Node ID '#{node.id}'"
-        error = fault("missing_node_type", f"Node '{about['node_title']}' not found: {first.message}", where, about)
+        error = fault(
+            "missing_node_type", f"Node '{about['node_title']}' not found: {_cut(first.message)}", where, about
+        )
         return Verdict(error, _by_node(prompt, problems, {}))
     outputs = [i for i, n in prompt.nodes.items() if getattr(node_classes[n.class_type], "OUTPUT_NODE", False) is True]
     outputs = [i for i in outputs if targets is None or i in targets]
     whole = [p for p in problems if p.node_id is None]
     if whole or not outputs:
         text = whole[0].message if whole else "none of the asked nodes is an output node"
-        return Verdict(fault("prompt_no_outputs", MESSAGES["prompt_no_outputs"], text))
+        return Verdict(fault("prompt_no_outputs", MESSAGES["prompt_no_outputs"], _cut(text)))
     faulty = {p.node_id for p in problems if p.node_id is not None}
     needs = {output: _needed(prompt, output) for output in outputs}
     good = [output for output in outputs if not needs[output] & faulty]
@@ -114,13 +118,28 @@ def _by_node(
     return errors
 
 
+def _shown(value: Any) -> Any:
+    """The value as the editor shows it; a large one cut, since each problem repeats it."""
+    if isinstance(value, str):
+        return _cut(value)
+    if not isinstance(value, (list, dict)):
+        return value
+    text = reprlib.repr(value)  # looks at a few values alone, however many there are
+    return value if len(text) <= MAX_SHOWN and "..." not in text else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def _error(prompt: Prompt, problem: Problem) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     details = problem.message
     if problem.input is not None:
         value = prompt.nodes[problem.node_id or ""].inputs.get(problem.input)
-        extra = {"input_name": problem.input, "received_value": value}
+        extra = {"input_name": problem.input, "received_value": _shown(value)}
         if as_link(value):
             extra["linked_node"] = value
         details = f"{problem.input}: {details}"
+    details = _cut(details)
     return fault(problem.kind, MESSAGES.get(problem.kind, problem.kind), details, extra)

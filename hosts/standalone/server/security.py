@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 30
 PORTS = {"http": 80, "https": 443}
+MIB = 1 << 20
+# Of a body, by the start of its path. Parsed JSON takes many times its bytes; files of the user data are kept unread.
+MAX_NBYTES = {"/prompt": 8 * MIB, "/userdata/": 1 << 62}
+MAX_OTHER_NBYTES = MIB
 # Routes that read their body themselves, piece by piece, with limits of their own.
 STREAMED = ("/upload/", "/quantwire/")
 FINAL = (403, 408, 413)  # who sent this gets no second request over the same connection
@@ -60,14 +64,15 @@ def gate(config: ServerConfig) -> Handler:
 
 
 def refuse_host(hosts: list[str], config: ServerConfig) -> str | None:
-    """Why a Host header is refused: this server answers to loopback names and to the address it was bound to."""
+    """Why a Host header is refused: this server answers to loopback names, to --host as given and as bound."""
     if len(hosts) != 1:
         return f"A request needs one Host header, got {len(hosts)}."
     match = HOST.fullmatch(hosts[0])
     name = match[1].lower().strip("[]") if match else ""
-    if is_loopback(name) or name == config.host.strip("[]").lower():
+    bound = config.bound or config.host
+    if is_loopback(name) or name in (config.host.strip("[]").lower(), bound.lower()):
         return None
-    if is_any_address(config.host) and (_address(name) or name in _own_names()):
+    if is_any_address(bound) and (_address(name) or name in _own_names()):
         return None  # a rebound name is a name: no page can make an IP address its own
     return (
         f"The Host '{hosts[0][:100]}' is not one that this server answers to. "
@@ -133,10 +138,12 @@ def _own_names() -> set[str]:
 
 @web.middleware
 async def bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Middleware: read the body within its limits before the route runs. aiohttp's client_max_size is the size."""
-    streamed = request.path.removeprefix("/api").startswith(STREAMED)
-    if request.can_read_body and not streamed and request.method not in ("GET", "HEAD"):
-        limit, length = request.client_max_size, request.content_length
+    """Middleware: read the body within its limits before the route runs."""
+    path = request.path.removeprefix("/api")
+    if request.can_read_body and not path.startswith(STREAMED) and request.method not in ("GET", "HEAD"):
+        known = next((nbytes for start, nbytes in MAX_NBYTES.items() if path.startswith(start)), MAX_OTHER_NBYTES)
+        limit, length = min(known, request.client_max_size), request.content_length
+        request = request.clone(client_max_size=limit)
         if length is not None and length > limit:
             raise Refused(413, f"The body has {length} bytes; at most {limit} are taken.")
         try:

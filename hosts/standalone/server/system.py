@@ -13,6 +13,7 @@ from aiohttp import web
 
 from ..folders import PACK_ROOT
 from .answers import Refused, json_object
+from .confine import stat_of
 from .logs import TERMINAL
 
 if TYPE_CHECKING:
@@ -170,4 +171,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _newest_first(folder: Path) -> list[str]:
     found = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")] if folder.is_dir() else []
-    return [p.name for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
+    dated = [(-stat.st_mtime, p.name) for p in found if (stat := stat_of(p))]
+    return [name for _, name in sorted(dated)]

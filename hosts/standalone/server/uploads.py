@@ -51,13 +51,13 @@ class Form:
 
 
 def routes(server: Server) -> list[web.RouteDef]:
-    def upload(save: Callable[[Form, Path], None]) -> Callable[[web.Request], Any]:
+    def upload(save: Callable[[Form, Path], None], run: Callable[..., Any]) -> Callable[[web.Request], Any]:
         async def handler(request: web.Request) -> web.Response:
             form = await _read(request, server.config.max_upload_nbytes)
             if form.file is None:
                 raise Refused(400, "The form has no file named image.")
             with contextlib.closing(form):
-                return web.json_response(await server.in_thread(lambda: _store(server, form, save)))
+                return web.json_response(await run(lambda: _store(server, form, save)))
 
         return handler
 
@@ -66,7 +66,10 @@ def routes(server: Server) -> list[web.RouteDef]:
         original = _original(server, form)
         target.write_bytes(pictures.masked(original, form.file))
 
-    return [web.post("/upload/image", upload(_save_as_it_is)), web.post("/upload/mask", upload(save_mask))]
+    return [
+        web.post("/upload/image", upload(_save_as_it_is, server.in_thread)),
+        web.post("/upload/mask", upload(save_mask, server.with_pictures)),
+    ]
 
 
 def safe_name(name: str) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from .answers import Refused
-from .confine import existing, inside, shown, write_atomically
+from .confine import existing, inside, shown, stat_of, write_atomically
+from .sending import File
 
 if TYPE_CHECKING:
     from .app import Server
@@ -44,7 +45,7 @@ def routes(server: Server) -> list[web.RouteDef]:
         kind = "text/css" if style else "application/json" if path.suffix == ".json" else "application/octet-stream"
         disposition = "inline" if style else "attachment"
         headers = {"Content-Type": kind, "Content-Disposition": disposition, "Cache-Control": "no-cache"}
-        return web.FileResponse(path, headers=headers)
+        return File(path, headers=headers)
 
     async def write(request: web.Request) -> web.Response:
         name, body = request.match_info["file"], await request.read()
@@ -59,7 +60,7 @@ def routes(server: Server) -> list[web.RouteDef]:
 
     async def delete(request: web.Request) -> web.Response:
         name = request.match_info["file"]
-        await server.in_thread(lambda: existing(root, name).unlink())
+        await server.in_thread(lambda: _delete(root, name))
         return web.Response(status=204)
 
     async def move(request: web.Request) -> web.Response:
@@ -95,11 +96,22 @@ def _require_free(path: Path, name: str, request: web.Request) -> None:
 
 def _answer(path: Path, root: Path, request: web.Request) -> Any:
     full = request.query.get("full_info", "false").lower() == "true"
-    return _info(path, root) if full else path.relative_to(root).as_posix()
+    return (_info(path, root) if full else None) or path.relative_to(root).as_posix()
 
 
-def _info(path: Path, root: Path) -> dict[str, Any]:
-    stat = path.stat()
+def _delete(root: Path, name: str) -> None:
+    try:
+        existing(root, name).unlink()
+    except FileNotFoundError as err:  # somebody else was quicker
+        raise Refused(404, f"There is no '{shown(name)}'.") from err
+    except OSError as err:
+        raise Refused(403, f"'{shown(name)}' cannot be deleted: {err.strerror or err}.") from err
+
+
+def _info(path: Path, root: Path) -> dict[str, Any] | None:
+    """None for a file that was deleted since it was listed."""
+    if (stat := stat_of(path)) is None:
+        return None
     times = {"modified": int(stat.st_mtime * 1000), "created": int(stat.st_ctime * 1000)}
     return {"path": path.relative_to(root).as_posix(), "size": stat.st_size, **times}
 
@@ -115,7 +127,7 @@ def _list(root: Path, name: str, recurse: bool, full: bool, split: bool) -> list
     folder = _folder(root, name if name not in (".", "/") else "")
     files = [p for p in _below(folder, recurse) if p.is_file()]
     if full:
-        return [_info(p, folder) for p in files]
+        return [info for p in files if (info := _info(p, folder))]
     names = [p.relative_to(folder).as_posix() for p in files]
     return [[n, *n.split("/")] for n in names] if split else names
 
@@ -129,8 +141,7 @@ def _tree(root: Path, name: str) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"name": path.name, "path": path.relative_to(root).as_posix()}
         if path.is_dir():
             made.append({**entry, "type": "directory"})
-        else:
-            stat = path.stat()
+        elif stat := stat_of(path):
             made.append({**entry, "type": "file", "size": stat.st_size, "modified": stat.st_mtime})
     return sorted(made, key=lambda e: (e["type"] != "directory", e["name"].lower()))
 

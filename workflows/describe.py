@@ -61,12 +61,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A graph, its groups in bands from top to bottom, and a note in Markdown."""
+    """A graph, its groups in bands from top to bottom, and a note in Markdown.
+
+    Attributes:
+        aside: groups left of all bands, one below the other: what every band takes something from.
+    """
 
     name: str
     note: str
     nodes: dict[str, Node]
     bands: tuple[tuple[Group, ...], ...]
+    aside: tuple[Group, ...] = ()
 
     @property
     def files(self) -> list[File]:

@@ -3,6 +3,9 @@
 Heights are those that the editor gives the nodes: 20 for a row of slots, 24 for a widget, 54 for a text field, 14
 besides, and a title bar of 30 above. A node that shows a picture or a text when it ran gets room for it: the pack's
 nodes say in two lines what they did.
+
+A node is as high as what the pack's extension shows of it. Without that the editor makes it higher by itself when it
+opens the file, and there is room for that: nothing is covered then.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .describe import Group, Node, Workflow
-from .slots import Input, inputs_of, is_of_pack, outputs_of
+from .slots import Input, hidden_in, inputs_of, is_of_pack, outputs_of
 
 TITLE, SLOT, WIDGET, TEXT, REST, SAID = 30, 20, 24, 54, 14, 70
 WIDTH, COLUMN_GAP, NODE_GAP = 320, 50, 26
@@ -57,37 +60,54 @@ def laid_out(workflow: Workflow) -> tuple[dict[str, list[int]], list[Box]]:
     """(x, y, width, height) of every node below its title bar, and the groups around them."""
     places: dict[str, list[int]] = {}
     groups: list[Box] = []
+
+    def place(group: Group, left: int, top: int) -> tuple[int, int, int]:
+        width, height, reach = _place(workflow, group, left, top, places)
+        groups.append(_group(group, len(groups) + 1, [left, top, width, height]))
+        return left + width + GROUP_GAP, top + height + GROUP_GAP, reach + NODE_GAP - HEAD
+
+    start, top = NOTE_WIDTH + COLUMN_GAP, 0
+    first = start
+    for group in workflow.aside:
+        right, below, reach = place(group, start, top)
+        first, top = max(first, right), max(below, reach)
     top = 0
     for band in workflow.bands:
-        left, bottom = NOTE_WIDTH + COLUMN_GAP, top
+        left, bottoms = first, [top]
         for group in band:
-            width, height = _place(workflow, group, left, top, places)
-            groups.append(_group(group, len(groups) + 1, [left, top, width, height]))
-            left, bottom = left + width + GROUP_GAP, max(bottom, top + height)
-        top = bottom + GROUP_GAP
+            left, *deep = place(group, left, top)
+            bottoms += deep
+        top = max(bottoms)
     return places, groups
 
 
-def _place(workflow: Workflow, group: Group, left: int, top: int, places: dict[str, list[int]]) -> tuple[int, int]:
-    x, deepest = left + PAD, top
+def _place(workflow: Workflow, group: Group, left: int, top: int, places: dict[str, list[int]]) -> tuple[int, int, int]:
+    """Width and height of a group, and how deep its nodes reach where all widgets are shown."""
+    x, deepest, reach = left + PAD, top, top
     for column in group.columns:
         y = top + HEAD
         for node_id in column:
-            height = height_of(workflow.nodes[node_id])
+            height, grown = heights_of(workflow.nodes[node_id])
             places[node_id] = [x, y + TITLE, WIDTH, height]
-            y += TITLE + height + NODE_GAP
-        x, deepest = x + WIDTH + COLUMN_GAP, max(deepest, y)
-    return x - COLUMN_GAP + PAD - left, deepest - NODE_GAP + PAD - top
+            y += TITLE + height
+            deepest, reach = max(deepest, y), max(reach, y - height + grown)
+            y += max(NODE_GAP, grown - height)
+        x += WIDTH + COLUMN_GAP
+    return x - COLUMN_GAP + PAD - left, deepest + PAD - top, reach
 
 
-def height_of(node: Node) -> int:
+def heights_of(node: Node) -> tuple[int, int]:
+    """Height with the widgets that have an effect, and with all."""
     inputs = inputs_of(node.kind, node.inputs)
     slots = sum(not i.is_widget for i in inputs)
     shown = [i for i, _ in widgets_of(node) if i.shown]
     texts = sum(i.is_text for i in shown)
     seeds = sum(bool(i.options.get("control_after_generate")) for i in shown)
     height = REST + SLOT * max(slots, len(outputs_of(node.kind))) + WIDGET * (len(shown) - texts + seeds) + TEXT * texts
-    return max(height + (SAID if is_of_pack(node.kind) else 0), SHOWN.get(node.kind, 0))
+    height += SAID if is_of_pack(node.kind) else 0
+    hidden = WIDGET * len(hidden_in(node.kind, node.inputs))
+    least = SHOWN.get(node.kind, 0)
+    return max(height - hidden, least), max(height, least)
 
 
 def _group(group: Group, number: int, bounding: list[int]) -> Box:

@@ -3,16 +3,19 @@
     python -m quantwire.workflows.memory
 
 Models are made by diffusers' own classes on the meta device, from the values of their published configurations: names
-and shapes without a byte of weights. Text encoders and VAE are those of `quantizers/measure/assumed.json`. Each line is
-the name of a template, a tab, and a sentence.
+and shapes without a byte of weights. ACE-Step's are those of ComfyUI, which builds more of it (`ace_step.py`). Text
+encoders and VAE are those of `quantizers/measure/assumed.json`. What a template opens quantized takes what its file
+holds (`published.py`). Each line is the name of a template, a tab, and a sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .published import CITY96_Q4_K_S, FP8
 
 if TYPE_CHECKING:
     from ..quantizers.measure.parts import ModelPart
@@ -28,8 +31,10 @@ class Case:
     """A model, its formats and what is generated.
 
     Attributes:
+        kind: class in diffusers, or `ACE`.
         config: for the class in diffusers.
-        formats: part -> format.
+        formats: part -> format that the graph makes of it.
+        opened: part -> layout of a file that comes quantized, for `published.as_published`.
         shape: for RunShape; without one only weights are said.
         beside: other formats that the workflow makes of the diffusion model.
     """
@@ -39,8 +44,10 @@ class Case:
     formats: Mapping[str, str]
     shape: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
     beside: tuple[str, ...] = ()
+    opened: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
 
 
+ACE = "ACE-Step 1.5"
 IMAGE = {"width": 1024, "height": 1024}
 FLUX = {"guidance_embeds": True}  # black-forest-labs/FLUX.1-dev: the rest are the defaults of the class
 SD35_LARGE = {  # stabilityai/stable-diffusion-3.5-large
@@ -59,7 +66,8 @@ CASES: dict[str, Case] = {
         "FluxTransformer2DModel", FLUX, {"transformer": "bnb-nf4", "t5xxl": "bnb-nf4"}, {**IMAGE, "cfg": 1.0}
     ),
     "flux_gguf_t5_gguf": Case(
-        "FluxTransformer2DModel", FLUX, {"transformer": "gguf-q4-k", "t5xxl": "gguf-q5-k"}, {**IMAGE, "cfg": 1.0}
+        *("FluxTransformer2DModel", FLUX, {}, {**IMAGE, "cfg": 1.0}),
+        opened={"transformer": CITY96_Q4_K_S, "t5xxl": "Q5_K_M"},
     ),
     "sd35_int8": Case(
         *("SD3Transformer2DModel", SD35_LARGE, {"transformer": "comfy-int8", "t5xxl": "comfy-int8"}),
@@ -69,63 +77,93 @@ CASES: dict[str, Case] = {
         "UNet2DConditionModel", SDXL, {"transformer": "comfy-int8-convrot"}, {**IMAGE, "cfg": 8.0}
     ),
     "wan_q4_k": Case(  # Wan-AI/Wan2.2-T2V-A14B: the defaults of the class, twice
-        *("WanTransformer3DModel", {}, {"transformer": "gguf-q4-k", "umt5xxl": "comfy-fp8-e4m3fn"}),
+        *("WanTransformer3DModel", {}, {"transformer": "gguf-q4-k"}),
         {"width": 640, "height": 640, "frames": 81, "cfg": 3.5},
+        opened={"umt5xxl": FP8},
     ),
     "qwen_image_nvfp4": Case(  # Qwen/Qwen-Image: the defaults of the class
-        *("QwenImageTransformer2DModel", {}, {"transformer": "comfy-nvfp4", "qwen2.5vl": "comfy-fp8-e4m3fn"}),
+        *("QwenImageTransformer2DModel", {}, {"transformer": "comfy-nvfp4"}),
         {"width": 1328, "height": 1328, "cfg": 4.0},
+        opened={"qwen2.5vl": FP8},
     ),
     "compare_three_formats": Case(  # black-forest-labs/FLUX.1-schnell: the defaults of the class
         "FluxTransformer2DModel", {}, {"transformer": "bnb-nf4"}, beside=("gguf-q4-k", "comfy-int8")
     ),
-    "audio_int8": Case("AceStepTransformer1DModel", {"is_turbo": True}, {"transformer": "comfy-int8"}),
+    "audio_int8": Case(ACE, {}, {"transformer": "comfy-int8"}),
 }
 
 
 def model_part(case: Case) -> ModelPart:
-    import diffusers
+    """The diffusion model at 16 bits."""
     import torch
 
     from ..quantizers.measure.parts import Role, parts_of_modules
+
+    if case.kind == ACE:
+        return _ace_step()
+    import diffusers
 
     with torch.device("meta"):
         model = getattr(diffusers, case.kind)(**case.config)
     return parts_of_modules({"transformer": torch.nn.Module.to(model, torch.bfloat16)}, Role.DIFFUSION, case.kind)[0]
 
 
-def sentence(case: Case) -> str:
+def _ace_step() -> ModelPart:
+    import torch
+
+    from ..quantizers.families import find_family
+    from ..quantizers.measure.parts import ModelPart, Role
+    from ..quantizers.plan import Slot
+    from ..quantizers.weight import TensorMeta
+    from .ace_step import tensors
+
+    slots = tuple(Slot(TensorMeta(name, shape, torch.bfloat16), linear) for name, shape, linear in tensors())
+    family = find_family(slot.meta for slot in slots).name
+    return ModelPart("transformer", Role.DIFFUSION, family, slots, sum(s.meta.nbytes for s in slots), ACE)
+
+
+def parts_of(case: Case) -> list[ModelPart]:
+    """The diffusion model and what it runs with, each as its file holds it."""
     from ..quantizers.measure.assumed import with_assumed
+    from .published import as_published
+
+    parts, _ = with_assumed([model_part(case)])
+    return [as_published(p, case.opened[p.name]) if p.name in case.opened else p for p in parts]
+
+
+def sentence(case: Case) -> str:
     from ..quantizers.measure.parts import Role
     from ..quantizers.measure.units import show_size
     from ..quantizers.spec import QuantSpec
 
     specs = {name: QuantSpec(format_id) for name, format_id in case.formats.items()}
-    model = model_part(case)
-    small, full = model.nbytes(specs["transformer"]), model.nbytes(None)
+    parts = parts_of(case)
+    model = parts[0]
+    texts = [p for p in parts if p.role is Role.TEXT]
+    held, whole = sum(p.nbytes(specs.get(p.name)) for p in texts), sum(p.full_nbytes for p in texts)
+    small, full = model.nbytes(specs.get(model.name)), model.full_nbytes
     if case.beside:
-        sizes = {f: show_size(model.nbytes(QuantSpec(f))) for f in (case.formats["transformer"], *case.beside)}
-        copies = ", ".join(f"{size} as {format_id}" for format_id, size in sizes.items())
-        return f"The diffusion model takes {show_size(full)} at 16 bits, {copies}; all stay in the main memory."
+        sizes = {f: model.nbytes(QuantSpec(f)) for f in (case.formats["transformer"], *case.beside)}
+        copies = ", ".join(f"{show_size(size)} as {format_id}" for format_id, size in sizes.items())
+        total = full + sum(sizes.values()) + held
+        return (
+            f"The diffusion model takes {show_size(full)} at 16 bits, {copies}; all stay in the main memory, with the "
+            f"text encoders ({show_size(held)}) {show_size(total)} together."
+        )
     said = f"The diffusion model takes {show_size(small)} instead of {show_size(full)} at 16 bits"
     if not case.shape:
         return f"{said}. Text encoders and activations are not counted."
-    texts = [p for p in with_assumed([model])[0] if p.role is Role.TEXT]
-    held = sum(p.nbytes(specs.get(p.name)) for p in texts)
-    whole = sum(p.nbytes(None) for p in texts)
     instead = f" instead of {show_size(whole)}" if held != whole else ""
-    return f"{said}, the text encoders {show_size(held)}{instead}. {_cards(model, specs, case.shape)}"
+    return f"{said}, the text encoders {show_size(held)}{instead}. {_cards(parts, specs, case.shape)}"
 
 
-def _cards(model: ModelPart, specs: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
+def _cards(parts: Sequence[ModelPart], specs: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
     from ..quantizers.auto import DeviceFacts
     from ..quantizers.compat.modes import HostName
     from ..quantizers.measure.activations import RunShape
-    from ..quantizers.measure.assumed import with_assumed
     from ..quantizers.measure.forecast import forecast
     from ..quantizers.measure.units import show_size
 
-    parts, _ = with_assumed([model])
     verdicts: dict[str, list[int]] = {}
     peak = ""
     for gib in CARDS:

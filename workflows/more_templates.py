@@ -50,7 +50,7 @@ def wan_q4_k() -> Workflow:
         "rest. Each 16-bit file is quantized to GGUF's Q4_K while it is read, and the result is kept on disk, so later "
         "runs open it at once. Only the one that samples has to be on the card.",
         [p.WAN_HIGH, p.WAN_LOW, p.UMT5, p.WAN_VAE],
-        f"For each of the two models: {p.MEMORY['wan_q4_k']} {p.COMPUTED}",
+        f"For each of the two models: {p.MEMORY['wan_q4_k']} {p.AS_FILES} {p.COMPUTED}",
         [
             "Have Q4_K files already? Put **LoadGGUF** in the place of both *as Q4_K* nodes.",
             "`length` in *Size*: frames, 4 n + 1. Activations grow with it, weights do not.",
@@ -62,12 +62,11 @@ def wan_q4_k() -> Workflow:
         *("wan_q4_k", text, nodes),
         (
             Group("1. Load and quantize", (("1", "3"), ("2", "4"))),
-            Group("2. Check before sampling", (("5", "7"), ("6", "8")), BROWN),
-            Group("Report", (("50",),), BROWN),
+            Group("2. Check before sampling", (("5",), ("6",), ("50",)), BROWN),
         ),
         (
             Group("Prompt", (("30", "31"), ("33",)), GREEN),
-            Group("High noise, then low noise", (("40",), ("41",)), PURPLE),
+            Group("High noise, then low noise", (("7", "40"), ("8", "41")), PURPLE),
             Group("Video", (("42", "43"), ("44",)), BLUE),
         ),
     )
@@ -97,14 +96,15 @@ def audio_int8() -> Workflow:
     }
     text = note(
         "Music with ACE-Step 1.5 in int8",
-        "The diffusion transformer of the song becomes 8-bit integers, one scale a row. Embedders, the projections of "
-        "lyrics and of time, and the final layer stay at full precision, by rules for this family. The language model "
-        "that plans the song is left as it is: its choices would change with every rounding.",
+        "The diffusion model becomes 8-bit integers, one scale a row: the transformer of the song, and with it the "
+        "encoder of text, lyrics and timbre and the tokenizers of audio. Embedders, the projections of lyrics and of "
+        "time, and the final layer stay at full precision, by rules for this family. The language model that plans "
+        "the song is left as it is.",
         *([p.ACE, p.ACE_TEXT, p.ACE_LM, p.ACE_VAE], f"{p.MEMORY['audio_int8']} {p.COMPUTED}"),
         [
             "`duration` in *Song* and `seconds` in *Length* belong together.",
             "`format` `comfy-int8-convrot` or `gguf-q8-0`: listen to the same seed with each.",
-            "**QuantizeTextEncoder** before *Song* makes the language model smaller too, and the song another one.",
+            "`on_failure` *full precision* goes on where a format cannot take a layer, and the report names it.",
         ],
         p.COMFYUI,
     )
@@ -112,10 +112,10 @@ def audio_int8() -> Workflow:
         *("audio_int8", text, nodes),
         (
             Group("1. Load and quantize", (("1", "3"), ("2", "4"))),
-            Group("2. Check before sampling", (("5", "7"), ("6",)), BROWN),
+            Group("2. Check before sampling", (("5",), ("6",)), BROWN),
         ),
         (
-            Group("Song", (("30",), ("31", "33")), GREEN),
+            Group("Song", (("30",), ("31", "33", "7")), GREEN),
             Group("Audio", (("40",), ("41", "42")), PURPLE),
         ),
     )
@@ -173,7 +173,7 @@ def compare_three_formats() -> Workflow:
         "40": sampler("Sampler (full precision)", ("1", 0), ("30", 0), ("33", 0), 4, 1.0),
         **picture(41, ("40", 0), ("4", 0), "compare_full", " (full precision)"),
     }
-    branches: list[Group] = []
+    branches: list[tuple[Group, ...]] = []
     for i, format_id in enumerate(FORMATS):
         ids = [str(50 + 10 * i + k) for k in range(7)]
         model, draw, decode, save, compare, plot, numbers = ids
@@ -187,7 +187,8 @@ def compare_three_formats() -> Workflow:
             plot: Node("PreviewImage", f"Differences{named}", {"images": (compare, 1)}),
             numbers: shown(f"Numbers{named}", (compare, 0)),
         }
-        branches.append(Group(format_id, ((model, draw), (decode, save), (compare, numbers, plot)), PURPLE))
+        columns = ((model,), (draw, decode), (save,), (compare,), (numbers,), (plot,))
+        branches.append((Group(format_id, columns, PURPLE),))
     text = note(
         "Three formats, one seed",
         "The same prompt and seed at full precision and in three formats, each with its difference to full precision: "
@@ -204,12 +205,9 @@ def compare_three_formats() -> Workflow:
     )
     return template(
         *("compare_three_formats", text, nodes),
-        (
-            Group("Load", (("1", "2", "4"),)),
-            Group("Prompt", (("30", "31"), ("33",)), GREEN),
-            Group("Full precision", (("40",), ("41", "42")), BLUE),
-        ),
-        tuple(branches),
+        (Group("Full precision", (("1",), ("40", "41"), ("42",)), BLUE),),
+        *branches,
+        aside=(Group("Load", (("2", "4"),)), Group("Prompt", (("30", "31", "33"),), GREEN)),
     )
 
 
@@ -248,11 +246,14 @@ def low_vram_offload_compat() -> Workflow:
     return template(
         *("low_vram_offload_compat", text, nodes),
         (
-            Group("1. Choose and quantize", (("1", "4"), ("2", "6"))),
-            Group("2. Check before sampling", (("5",), ("7",)), RED),
+            Group("1. Choose and quantize", (("1", "4"), ("2",))),
+            Group("2. Check before sampling", (("5",),), RED),
+            *(PROMPT, DRAW),
+        ),
+        (
+            Group("What the nodes say", (("6",), ("7",)), BROWN),
             Group("3. Forecast", (("8",), ("9",)), BROWN),
         ),
-        (PROMPT, DRAW),
     )
 
 

@@ -10,6 +10,8 @@ from .memory import read
 Link = tuple[str, int]
 MEMORY = read()
 COMPUTED = "Computed by `quantwire forecast` from the shapes of the published models; not measured on a card."
+AS_FILES = "What comes quantized counts as its file holds it."
+FORMATS_PAGE = "the project's documentation, page `formats.md`"
 
 FLUX_DEV = File("diffusion_models", "flux1-dev.safetensors", "Comfy-Org/flux1-dev")
 FLUX_SCHNELL = File("diffusion_models", "flux1-schnell.safetensors", "Comfy-Org/flux1-schnell")

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import nodes as pack
+from ..hosts.editor.formats import COMPAT, FORMAT_WIDGETS, rules_of
 from ..hosts.standalone.core_nodes import CORE_NODES
 from ..hosts.standalone.foreign_nodes import definitions
+from ..quantizers.compat.modes import HostName
 
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 BRANCHING = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
@@ -77,6 +79,24 @@ def _expanded(specs: Mapping[str, Any], prefix: str, values: Mapping[str, Any]) 
             branch = next(o["inputs"] for o in found.options["options"] if o["key"] == chosen)
             for group in GROUPS:
                 yield from _expanded(branch.get(group, {}), f"{found.name}.", values)
+
+
+def hidden_in(kind: str, values: Mapping[str, Any]) -> set[str]:
+    """Widgets that the pack's extension keeps out of sight in every host, as `web/formats.js` decides it."""
+    if kind not in (*FORMAT_WIDGETS, COMPAT):
+        return set()
+    inputs = {i.name: values.get(i.name, i.default) for i in inputs_of(kind, values)}
+    return set[str].intersection(*(_without_effect(kind, host, inputs) for host in HostName))
+
+
+def _without_effect(kind: str, host: HostName, inputs: Mapping[str, Any]) -> set[str]:
+    return {
+        name
+        for name, dependent in rules_of(kind, host)["depends"].items()
+        if (dependent["harmless"] or inputs[name] == dependent["default"])
+        and not any(isinstance(inputs[n], tuple) for n in (name, *(w["widget"] for w in dependent["when"])))
+        and not all(inputs[w["widget"]] in w["in"] for w in dependent["when"])
+    }
 
 
 def is_of_pack(kind: str) -> bool:

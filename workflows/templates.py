@@ -7,8 +7,10 @@ from .describe import BROWN, GREEN, PURPLE, Group, Node, Workflow
 from .parts import note, offload, picture, prompts, sampler, shown
 
 
-def template(name: str, text: str, nodes: dict[str, Node], *bands: tuple[Group, ...]) -> Workflow:
-    return Workflow(name, text, nodes, bands)
+def template(
+    name: str, text: str, nodes: dict[str, Node], *bands: tuple[Group, ...], aside: tuple[Group, ...] = ()
+) -> Workflow:
+    return Workflow(name, text, nodes, bands, aside)
 
 
 def flux_tail(name: str, model: tuple[str, int], clip: tuple[str, int], vae: tuple[str, int]) -> dict[str, Node]:
@@ -73,7 +75,7 @@ def flux_gguf_t5_gguf() -> Workflow:
         "Both large parts come from GGUF files that others have made. Weights stay packed as the file has them and are "
         "unpacked layer by layer while a layer computes. A text encoder may be GGUF or safetensors, in any order.",
         [p.FLUX_GGUF, p.T5_GGUF, p.CLIP_L, p.FLUX_VAE],
-        f"{p.MEMORY['flux_gguf_t5_gguf']} Counted as Q4_K and Q5_K throughout. {p.COMPUTED}",
+        f"{p.MEMORY['flux_gguf_t5_gguf']} {p.AS_FILES} {p.COMPUTED}",
         [
             "Another file: Q5_K_S or Q8_0 for quality, Q3_K_S for a small card.",
             "`cache_mib` above 0 keeps that much unpacked: faster, where memory is left.",
@@ -107,12 +109,14 @@ def sd35_int8() -> Workflow:
     text = note(
         "Stable Diffusion 3.5 Large in int8",
         "The checkpoint is loaded at full precision and its linear layers become 8-bit integers with one scale a row. "
-        "On the layers of the demo model that leaves 43 dB of signal to noise, NF4 leaves 21 (docs/formats.md). The "
-        "VAE comes from the checkpoint and stays as it is.",
+        f"On the layers of the demo model that leaves 43 dB of signal to noise, NF4 leaves 21 ({p.FORMATS_PAGE}). The "
+        "VAE comes from the checkpoint and stays as it is. The page of the checkpoint gives it only to accounts that "
+        "have accepted its licence there: log in before you download.",
         *([p.SD35, p.CLIP_L, p.CLIP_G, p.T5], f"{p.MEMORY['sd35_int8']} {p.COMPUTED}"),
         [
             "`sd3.5_large_fp8_scaled.safetensors` is quantized already: link its model to *Offload check* directly.",
-            "`format` `bnb-nf4` or `gguf-q4-k` halves the weights again.",
+            "`format` `bnb-nf4` or `gguf-q4-0`: 4 bits. The K types of GGUF need rows of whole blocks of 256, and this "
+            "model's have 2,432.",
             "`keep_layers`: names or patterns such as `joint_blocks.0.*` stay at full precision.",
         ],
         p.COMFYUI,
@@ -180,10 +184,11 @@ def qwen_image_nvfp4() -> Workflow:
         "Qwen-Image in NVFP4",
         "A model of 20 billion parameters in 4-bit floating point, with a scale for every 16 weights. It is quantized "
         "while the file is read and kept on disk for the next run. Cards with NVFP4 units (compute capability 10.0 and "
-        "newer) multiply it directly; on others each layer is unpacked first, at the same size.",
-        *([p.QWEN, p.QWEN_TEXT, p.QWEN_VAE], f"{p.MEMORY['qwen_image_nvfp4']} {p.COMPUTED}"),
+        "newer) multiply it directly, on others each layer is unpacked first (read in ComfyUI's source, not run).",
+        *([p.QWEN, p.QWEN_TEXT, p.QWEN_VAE], f"{p.MEMORY['qwen_image_nvfp4']} {p.AS_FILES} {p.COMPUTED}"),
         [
-            "On an older card take `gguf-q4-k`: the same 4.5 bits a weight, 4 dB better on the demo (docs/formats.md).",
+            "On an older card take `gguf-q4-k`: the same 4.5 bits a weight, 4 dB better on the demo "
+            f"({p.FORMATS_PAGE}).",
             "`shift` 3.1 is what ComfyUI's own example has; higher gives more structure, lower more detail.",
             "To share the file: **SaveQuantized** behind *Qwen-Image as NVFP4*. ComfyUI's own loader opens it.",
         ],
@@ -192,10 +197,10 @@ def qwen_image_nvfp4() -> Workflow:
     return template(
         *("qwen_image_nvfp4", text, nodes),
         (
-            Group("1. Load and quantize", (("1", "7"), ("2", "4"))),
+            Group("1. Load and quantize", (("1",), ("2", "4"))),
             Group("2. Check before sampling", (("5",), ("6",)), BROWN),
         ),
-        (Group("Prompt", (("30", "31"), ("33",)), GREEN), DRAW),
+        (Group("Prompt", (("30", "31"), ("33", "7")), GREEN), DRAW),
     )
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import struct
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +24,8 @@ from typing import Any
 from ..quantizers.errors import FileError, QuantwireError
 from . import parts
 from .build import DEMO, FOLDER, WORKFLOWS
-from .memory import CASES, Case, model_part
+from .memory import CASES, model_part
+from .published import write_header
 
 # File -> the case whose model has its shapes.
 HEADERS = {
@@ -84,24 +83,11 @@ def write_models(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         if file in HEADERS:
-            _write_header(path, CASES[HEADERS[file]])
+            write_header(path, model_part(CASES[HEADERS[file]]).slots)
     source = FOLDER.parent / "demo" / "models" / "diffusion_models" / "digits_flux.safetensors"
     target = folder / "diffusion_models" / "digits_flux-Q8_0.gguf"
     if not target.exists() and command(["convert", str(source), str(target), "--type", "Q8_0"]):
         raise FileError(f"{target}: not written.")
-
-
-def _write_header(path: Path, case: Case) -> None:
-    """A safetensors file of 16-bit tensors, all holes."""
-    header: dict[str, Any] = {}
-    at = 0
-    for slot in model_part(case).slots:
-        end = at + slot.meta.nbytes
-        header[slot.meta.name] = {"dtype": "BF16", "shape": list(slot.meta.shape), "data_offsets": [at, end]}
-        at = end
-    raw = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
-    os.truncate(path, 8 + len(raw) + at)
 
 
 def write(url: str, names: Sequence[str]) -> None:

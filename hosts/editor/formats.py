@@ -47,7 +47,7 @@ def formats(probe: bool = False) -> dict[str, Any]:
     """
     return {
         "formats": {f: _format(f, probe) for f in format_ids()},
-        "nodes": {name: _node(name) for name in (*FORMAT_WIDGETS, COMPAT)},
+        "nodes": {name: rules_of(name) for name in (*FORMAT_WIDGETS, COMPAT)},
     }
 
 
@@ -72,13 +72,17 @@ def _format(format_id: str, probe: bool) -> dict[str, Any]:
     }
 
 
-def _node(name: str) -> dict[str, Any]:
+def rules_of(name: str, host: HostName | None = None) -> dict[str, Any]:
     """The widget that decides, and conditions of those that depend on it or on each other: all of them must hold.
 
     What is `harmless` has no effect then, whatever its value; other values than the default would stop the run.
+
+    Args:
+        name: of a node class with such widgets.
+        host: whose layers count; default: the one that runs.
     """
     spec = NodeSpec.of(NODE_CLASS_MAPPINGS[name])
-    shown = _conditions(name)
+    shown = _conditions(name, host or HostName(current().name))
     defaults = {w: info.options.get("default", (info.choices or [None])[0]) for w in shown if (info := spec.get(w))}
     return {
         "widget": FORMAT_WIDGETS.get(name),
@@ -93,7 +97,7 @@ def _node(name: str) -> dict[str, Any]:
     }
 
 
-def _conditions(name: str) -> Mapping[str, Mapping[str, list[Any]]]:
+def _conditions(name: str, host: HostName) -> Mapping[str, Mapping[str, list[Any]]]:
     """Widget -> the other widgets that it depends on -> their values with which it has an effect."""
     if name == COMPAT:
         found: dict[str, dict[str, list[Any]]] = {w: {"mode": [m.value for m in modes]} for w, modes in MODES.items()}
@@ -112,6 +116,5 @@ def _conditions(name: str) -> Mapping[str, Mapping[str, list[Any]]]:
             "calibration_name": {"type": [t for t in types if t in LARGEST]},
         }
     chosen = NodeSpec.of(NODE_CLASS_MAPPINGS[name]).get(FORMAT_WIDGETS[name])
-    host = HostName(current().name)
     choices = chosen.choices if chosen is not None and chosen.choices is not None else []
     return {"carrier": {"format": [f for f in choices if f in (FROM_CONFIG, AUTO) or has_layer(str(f), host)]}}

@@ -43,6 +43,7 @@ def tab(browser: Browser, editor_server: EditorServer) -> Iterator[Editor]:
     """A window of its own, with more pixels, so that text in a scaled picture stays readable."""
     context = browser.new_context(viewport=WINDOW, device_scale_factor=1.5, locale="en-US")  # type: ignore[arg-type]
     own_machine_alone(context)
+    editor_server.request("/quantwire/formats")  # a tab that waits in vain for the first answer stretches its nodes
     made = Editor(context.new_page(), editor_server.url)
     made.open()
     for name in ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo"):

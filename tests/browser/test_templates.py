@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser_setup import WINDOW, own_machine_alone
 from editor_page import WORKFLOWS, Editor
 from editor_server import EditorServer
+from playwright.sync_api import Browser
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if (WORKFLOWS / "api" / path.name).exists())
 
@@ -54,6 +56,43 @@ def test_a_template_opens_and_queues_what_it_says(editor: Editor, name: str) -> 
     # What the editor says itself where it lacks a node.
     assert editor.page.get_by_text("Missing Node").count() == 0
     editor.shot(f"template_{name}")
+
+
+OVERLAPS = """() => {
+  const boxes = window.app.graph._nodes
+    .map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1], n]);
+  const found = [];
+  for (const [i, a] of boxes.entries()) for (const b of boxes.slice(i + 1))
+    if (a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]) found.push(`${a[4].title} and ${b[4].title}`);
+  return found;
+}"""
+HEIGHTS = "() => window.app.graph._nodes.filter((n) => n.type === 'OffloadCompat').map((n) => n.size[1])"
+
+
+def test_offload_check_is_as_high_as_what_it_shows(editor: Editor, editor_server: EditorServer) -> None:
+    editor_server.request("/quantwire/formats")  # seconds where nobody has asked yet, and the tab asks before us
+    editor.load("low_vram_offload_compat")
+    (height,) = editor.js(HEIGHTS)
+    needed = editor.js("() => window.app.graph._nodes.find((n) => n.type === 'OffloadCompat').computeSize()[1]")
+    assert needed <= height + 1
+    assert height - needed < 90, "room for what it says when it ran, and no more"
+
+
+def test_without_the_extension_the_editor_makes_nodes_higher_and_covers_none(
+    browser: Browser, editor_server: EditorServer
+) -> None:
+    context = browser.new_context(viewport=WINDOW, locale="en-US")  # type: ignore[arg-type]
+    own_machine_alone(context)
+    context.route("**/extensions/quantwire/**", lambda route: route.abort())
+    tab = Editor(context.new_page(), editor_server.url)
+    tab.open()
+    for name in NAMES:
+        tab.load(name)
+        saved = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
+        before = [n["size"][1] for n in saved if n["type"] == "OffloadCompat"]
+        assert all(a > b + 60 for a, b in zip(tab.js(HEIGHTS), before, strict=True)), name
+        assert tab.js(OVERLAPS) == [], name
+    context.close()
 
 
 def test_the_server_offers_them(editor_server: EditorServer) -> None:

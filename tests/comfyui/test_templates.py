@@ -10,6 +10,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import Comfy
 from quantwire.hosts.standalone import foreign_nodes, record_foreign
-from quantwire.workflows import build
+from quantwire.workflows import ace_step, build
 from quantwire.workflows.thumbnails import FLAGS
 
 FOLDER = Path(build.__file__).parent
@@ -92,6 +94,30 @@ def test_recorded_nodes_are_those_of_the_host(comfyui: Comfy) -> None:
     recorded = read(foreign_nodes.DATA)
     found = record_foreign.record(comfyui.get("/object_info"), record_foreign.wanted_nodes())
     assert recorded == {name: without_files(recorded[name], entry) for name, entry in found.items()}
+
+
+SHAPES = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = ["x", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+import comfy.ops
+from comfy.ldm.ace.ace_step15 import AceStepConditionGenerationModel
+model = AceStepConditionGenerationModel(device="cpu", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+linear = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+print(json.dumps([[n, list(p.shape), n in linear] for n, p in model.named_parameters()]))
+"""
+
+
+def test_ace_step_is_counted_as_the_host_builds_it() -> None:
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, "-c", SHAPES, os.environ["COMFYUI_PATH"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    built = {name: (tuple(shape), linear) for name, shape, linear in json.loads(done.stdout.splitlines()[-1])}
+    assert built == {name: (shape, linear) for name, shape, linear in ace_step.tensors()}
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,9 @@ def _with_host(server: Server, handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def handle(request: web.Request) -> web.StreamResponse:
         host = await server.with_host(lambda: server.host)
-        await server.run.libraries()
+        # The editor waits for the list of formats before it opens a workflow, and that takes none of the libraries.
+        if request.method != "GET" or request.query:
+            await server.run.libraries()
         with use(host):
             try:
                 return await asyncio.wait_for(handler(request), ANSWER_S)

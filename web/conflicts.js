@@ -35,9 +35,9 @@ export const LEVELS = ["block", "error", "warning", "note"];
  * What is known: of which graph, and since when.
  *
  * @type {{status: "none" | "checking" | "done" | "failed", findings: Finding[], host: string, mode: string,
- *   reason: string, message: string}}
+ *   reason: string, message: string, more: number}} `more` findings that the server left out
  */
-const state = { status: "none", findings: [], host: "", mode: "", reason: "", message: "" };
+const state = { status: "none", findings: [], host: "", mode: "", reason: "", message: "", more: 0 };
 
 let answered = ""; // signature of the graph that `state` is about
 let noticed = ""; // signature at the last look
@@ -79,7 +79,7 @@ export function afterConfigureGraph() {
 function forget() {
   clearTimeout(timer);
   answered = "";
-  Object.assign(state, { status: "none", findings: [], reason: "", message: "" });
+  Object.assign(state, { status: "none", findings: [], reason: "", message: "", more: 0 });
   show();
 }
 
@@ -138,11 +138,11 @@ export async function check() {
 
 /** What the server says of the graph; never throws. */
 async function answer() {
-  const nothing = { status: "done", findings: [], host: "", mode: "", reason: "", message: "" };
+  const nothing = { status: "done", findings: [], host: "", mode: "", reason: "", message: "", more: 0 };
   if (!graph.someNode(() => true)) return nothing;
   try {
-    const { findings, host, mode } = await ask("/quantwire/check", graph.question());
-    return { ...nothing, findings: sorted(findings), host, mode };
+    const { findings, host, mode, more } = await ask("/quantwire/check", graph.question());
+    return { ...nothing, findings: sorted(findings), host, mode, more: more ?? 0 };
   } catch (err) {
     if (err instanceof NoAnswer) return { ...nothing, status: "failed", reason: err.kind, message: err.message };
     console.warn("quantwire: the workflow could not be checked:", err);
@@ -176,7 +176,7 @@ function mark() {
   const byNode = new Map();
   for (const finding of marked()) {
     const at = finding.node === null ? null : graph.standIn(finding.node);
-    if (!at) continue;
+    if (!at || (!at.inside && isAnother(at.node, finding))) continue;
     const entry = byNode.get(at.node) ?? { node: at.node, found: [], inside: true };
     entry.found.push(finding);
     entry.inside &&= at.inside;
@@ -186,6 +186,10 @@ function mark() {
   markLinks([...linksOf(marked()).values()]);
   closeIfGone();
 }
+
+/** Whether a node that has the id of a finding is of another kind: of another workflow, for as long as that is new. */
+const isAnother = (node, finding) =>
+  Boolean(finding.class_type && node.type && ![node.comfyClass, node.type].includes(finding.class_type));
 
 function nodeMark(node, found, inside) {
   const level = found[0].level; // sorted, worst first
@@ -233,9 +237,11 @@ function linksOf(found) {
  */
 export function applyRemedy(remedy) {
   const lost = graph.impossible(remedy.changes);
-  if (lost) {
-    const detail = say(lost.widget ? "noWidget" : "noNode", lost);
+  const old = !lost && graph.signature() !== answered;
+  if (lost || old) {
+    const detail = old ? say("changedMeanwhile") : say(lost.widget ? "noWidget" : "noNode", lost);
     app.extensionManager?.toast?.add?.({ severity: "warn", summary: say("notApplied"), detail, life: 8000 });
+    if (old) check();
     return false;
   }
   graph.apply(remedy.changes);
@@ -250,10 +256,25 @@ export function menuItems(node) {
   const entries = found.flatMap((finding) =>
     finding.remedies
       .filter((remedy) => remedy.changes?.length)
-      .map((remedy) => ({ content: `quantwire: ${short(remedy.text)}`, callback: () => void applyRemedy(remedy) })),
+      .map((remedy) => ({ content: `quantwire: ${short(remedy)}`, callback: () => void applyRemedy(remedy) })),
   );
   return entries.length ? [null, ...entries] : [];
 }
 
-/** The command in a remedy's text, without its reasons. @param {string} text */
-const short = (text) => text.split(/[:.](?:\s|$)/)[0].replaceAll("`", "");
+/**
+ * What a remedy changes, in a line. Not its text, which quotes titles: some menus take what they show for HTML.
+ *
+ * @param {{changes: graph.Change[]}} remedy
+ */
+function short({ changes }) {
+  const plain = (value) => String(value).replace(/[<>&]/g, "");
+  const settings = changes.map(({ widget, value }) => `${widget} = ${value}`).join(", ");
+  const nodes = [...new Set(changes.map(({ node }) => `${kindOf(node)} ${node}`))].join(", ");
+  return plain(say("menuSet", { settings, nodes }));
+}
+
+/** @param {string | number} path */
+const kindOf = (path) => {
+  const node = graph.nodeAt(path);
+  return node?.subgraph ? say("subgraph") : (node?.comfyClass ?? node?.type ?? "");
+};

@@ -11,13 +11,15 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import * as graph from "./lib/graph.js";
 import { ask, lacks } from "./lib/server.js";
-import { say } from "./lib/words.js";
+import { language, say } from "./lib/words.js";
 import { onSetting, setting } from "./settings.js";
 
 const LOOK_MS = 800; // scripts and undo change values without an event
 const WAIT_MS = 1500; // for the rules, before the editor goes on
 const REST_MS = 300; // that a graph must rest before the server is asked
 const BETWEEN = " · ";
+/** A size behind a name: what the editor offers as the old name when a user renames the widget. */
+const SIZED = /(?: · (?:\S+: )?[\d.]+ [KMGTP]?i?B(?:, \d+ %)?)+$/;
 
 /**
  * @typedef {{widget: string, in: unknown[]}} Condition
@@ -37,8 +39,14 @@ let timer = 0;
 let asking = false;
 /** Nodes whose widgets call back here. */
 const watched = new WeakSet();
-/** What a widget was before it got a size or was hidden. @type {WeakMap<any, {label: unknown, tooltip: unknown}>} */
+/**
+ * What a widget has of its own, and what was last written over that.
+ *
+ * @type {WeakMap<any, {label?: string, tooltip?: string, wrote: {label?: string, tooltip?: string}}>}
+ */
 const own = new WeakMap();
+/** The pack's texts by language, as the editor reads them. @type {Record<string, any> | null} */
+let translations = null;
 
 export async function setup() {
   api.addEventListener("graphChanged", look);
@@ -143,6 +151,7 @@ async function rested() {
     answered = of;
   }
   label();
+  translate();
   if (graph.signature() !== of) look();
 }
 
@@ -153,21 +162,56 @@ function label() {
   for (const { node, path } of places()) {
     const widget = graph.widgetOf(node, rulesOf(node).widget ?? "");
     if (!widget) continue;
-    const before = own.get(widget) ?? { label: widget.label, tooltip: widget.tooltip ?? declared(node, widget) };
-    own.set(widget, before);
+    const mine = ownOf(node, widget);
     const [text, why] = said(known.get(path), String(widget.value));
-    const name = before.label || widget.name;
-    const wanted = text ? `${name}${BETWEEN}${text}` : before.label;
-    if (widget.label !== wanted) widget.label = wanted;
-    widget.tooltip = why ? `${before.tooltip ?? ""}\n\n${why}`.trim() : before.tooltip;
+    const name = mine.label || widget.name;
+    mine.wrote.label = text ? `${name}${BETWEEN}${text}` : mine.label;
+    mine.wrote.tooltip = why ? `${mine.tooltip ?? declared(node, widget) ?? ""}\n\n${why}`.trim() : mine.tooltip;
+    if (widget.label !== mine.wrote.label) widget.label = mine.wrote.label;
+    if (widget.tooltip !== mine.wrote.tooltip) widget.tooltip = mine.wrote.tooltip;
   }
   app.canvas?.setDirty?.(true, true);
 }
 
-/** The tooltip of the node's definition, which the editor shows where the widget has none of its own. */
+/** Label and tooltip without what was written here; a user may have renamed the widget since. */
+function ownOf(node, widget) {
+  const mine = own.get(widget) ?? { wrote: {} };
+  own.set(widget, mine);
+  if (widget.label !== mine.wrote.label) mine.label = plain(widget.label);
+  if (widget.tooltip !== mine.wrote.tooltip) mine.tooltip = widget.tooltip;
+  // Where a new name is kept in the workflow's file.
+  const slot = (node.inputs ?? []).find((input) => input.widget?.name === widget.name);
+  if (slot?.label && plain(slot.label) !== slot.label) slot.label = plain(slot.label);
+  return mine;
+}
+
+/** A label without a size. @param {string | undefined} text */
+function plain(text) {
+  if (typeof text !== "string") return text;
+  const refused = `${BETWEEN}${say("sizeRefused")}`;
+  return text.endsWith(refused) ? text.slice(0, -refused.length) : text.replace(SIZED, "");
+}
+
+/** The tooltip of the node's definition, which the editor shows, translated, where the widget has none of its own. */
 function declared(node, widget) {
+  const name = node.comfyClass ?? node.type;
+  const translated = translations?.[language()]?.nodeDefs?.[name]?.inputs?.[widget.name]?.tooltip;
+  if (translated) return translated;
   const inputs = node.constructor?.nodeData?.input ?? {};
   return (inputs.required?.[widget.name] ?? inputs.optional?.[widget.name])?.[1]?.tooltip;
+}
+
+/** Read the translations once; a language without any has English. */
+async function translate() {
+  if (translations || language() === "en") return;
+  translations = {};
+  try {
+    const answer = await api.fetchApi("/i18n");
+    if (answer.ok) translations = await answer.json();
+  } catch {
+    return; // the server is away, and English is read by everybody who can choose a format
+  }
+  label();
 }
 
 /** @param {Sizes | undefined} found @param {string} format @returns {[string, string]} text, and what it means */

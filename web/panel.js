@@ -51,7 +51,7 @@ export function update() {
   for (const finding of state.findings.slice(0, MOST)) {
     list.append(make("li", { "data-level": finding.level }, findingElement(finding, { where: true })));
   }
-  const more = state.findings.length - MOST;
+  const more = Math.max(0, state.findings.length - MOST) + state.more;
   const status = make("p", { class: "qw-status", role: "status", "aria-live": "polite" }, ...words(state));
   holder.replaceChildren(
     make(

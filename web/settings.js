@@ -16,8 +16,22 @@ const listeners = new Set();
 /** Call back whenever a setting of the pack changes. @param {(id: string) => void} listener */
 export const onSetting = (listener) => listeners.add(listener);
 
+/** A setting that is changing: an older editor tells of it before it gives the new value. */
+let changing = null;
+
+/** @param {string} id @param {unknown} value */
+function changed(id, value) {
+  changing = { id, value: value ?? DEFAULTS[id] };
+  try {
+    listeners.forEach((listener) => listener(id));
+  } finally {
+    changing = null;
+  }
+}
+
 /** @param {keyof typeof DEFAULTS} id */
 export function setting(id) {
+  if (changing?.id === id) return changing.value;
   return app.extensionManager?.setting?.get?.(id) ?? DEFAULTS[id];
 }
 
@@ -29,7 +43,7 @@ function entry(id, group, words, more) {
     tooltip: say(`${words}Tip`),
     category: ["quantwire", say(group), id],
     defaultValue: DEFAULTS[id],
-    onChange: () => listeners.forEach((listener) => listener(id)),
+    onChange: (value) => changed(id, value),
     ...more,
   };
 }

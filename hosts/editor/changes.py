@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from ...quantizers.compat.modes import HOST_MODES, HostName, OffloadMode
 from ...quantizers.compat.remedies import Remedy, RemedyKind, settings_of
-from ..lint.flow import AUTO, CALLED, COMPAT
+from ..lint.flow import AUTO, COMPAT
 from ..lint.graph import Finding, Graph, Holder
 from ..lint.verdicts import WITH_CARRIER, WITH_FORMAT, Conflict
 
+SERVER = {HostName.COMFYUI: "ComfyUI", HostName.STANDALONE: "this server"}
 MOST_CHECKS = 4  # OffloadCompat nodes of one graph that are tried
 
 
@@ -41,7 +42,7 @@ def candidates(f: Finding, graph: Graph, host: HostName, now: OffloadMode) -> It
     for node in (graph.nodes[check] for check in checks):
         if node.values.get("mode") == conflict.mode.value and now is not conflict.mode and now in HOST_MODES[host]:
             text = (
-                f"Set `mode` to {AUTO} in {node.place}: it then checks for what {CALLED[host]} does now, which is "
+                f"Set `mode` to {AUTO} in {node.place}: it then checks for what {SERVER[host]} does now, which is "
                 f"{'no offload' if now is OffloadMode.NONE else f'{now.value} offload'}."
             )
             off = (Change(node.id, "set_mode", False),) if node.values.get("set_mode") else ()

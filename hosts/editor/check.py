@@ -10,17 +10,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..lint.graph import FileLink, Finding, Graph, Level
+from ..lint.graph import FileLink, Finding, Graph, Level, shortened
 from ..lint.lint import FileReport, Linter
 from . import session
 from .changes import Change, applied, candidates
 
 MOST_TRIED = 24  # changed graphs that one request checks
+MOST_TRIED_NODES = 2000  # of all these graphs together: a check takes about as long as the graph has nodes
+MOST_FINDINGS = 500  # in an answer, the worst first
+MOST_CHARACTERS = 300  # of a name that the file chose
 IN_EDITOR = Path("the workflow")
 
 
 def check(workflow: Any, prompt: Any = None) -> dict[str, Any]:
-    """What is wrong with a graph, for the host that runs now.
+    """What is wrong with a graph, for the host that runs now; `more` counts the findings that are left out.
 
     Args:
         workflow: in the editor's form, or None: then `prompt` is checked.
@@ -33,12 +36,18 @@ def check(workflow: Any, prompt: Any = None) -> dict[str, Any]:
     report, graph = linter.check_data(data, IN_EDITOR)
     sent = set(prompt) if workflow is not None and isinstance(prompt, dict) else None
     findings = [f for f in report.findings if not _of_the_editor(f, sent)]
+    # The worst first; those of one level in the order of the nodes.
+    findings.sort(key=lambda f: _ORDER[f.level])
     verifier = _Verifier(linter, graph, report)
     return {
         "host": verifier.host.value,
         "mode": verifier.mode.value,
-        "findings": [_to_json(f, graph, verifier) for f in findings],
+        "findings": [_to_json(f, graph, verifier) for f in findings[:MOST_FINDINGS]],
+        "more": max(0, len(findings) - MOST_FINDINGS),
     }
+
+
+_ORDER = {level: position for position, level in enumerate(Level)}
 
 
 def _of_the_editor(finding: Finding, sent: set[str] | None) -> bool:
@@ -58,12 +67,13 @@ class _Verifier:
         self.host = linter.options.host
         self.mode = linter.options.offload
         self.before = _bad(before)
+        self.most = min(MOST_TRIED, max(2, MOST_TRIED_NODES // max(1, len(graph.nodes))))
         self.tried: dict[tuple[Change, ...], tuple[tuple[Change, ...], set[tuple[str, ...]]] | None] = {}
 
     def cure(self, finding: Finding, changes: tuple[Change, ...]) -> tuple[Change, ...] | None:
         """The changes as the editor makes them, if the finding is gone then and no other has come; else None."""
         if changes not in self.tried:
-            self.tried[changes] = self._try(changes) if len(self.tried) < MOST_TRIED else None
+            self.tried[changes] = self._try(changes) if len(self.tried) < self.most else None
         made, after = self.tried[changes] or ((), {_key(finding)})
         return made if _key(finding) not in after and after <= self.before else None
 
@@ -95,8 +105,8 @@ def _to_json(f: Finding, graph: Graph, verifier: _Verifier) -> dict[str, Any]:
         "code": f.code,
         "node": place.node_id if place is not None else None,
         "path": path,
-        "title": place.title if place is not None else "",
-        "class_type": place.class_type if place is not None else "",
+        "title": shortened(place.title, MOST_CHARACTERS) if place is not None else "",
+        "class_type": shortened(place.class_type, MOST_CHARACTERS) if place is not None else "",
         "input": f.data.get("input") or name or None,
         "links": at.get(tuple(path), []),
         "links_at": [{"path": list(where), "links": ids} for where, ids in at.items()],
@@ -104,7 +114,7 @@ def _to_json(f: Finding, graph: Graph, verifier: _Verifier) -> dict[str, Any]:
         "remedies": [
             {"text": text, "changes": [c._asdict() for c in changes]} for text, changes in _remedies(f, verifier)
         ],
-        "data": dict(f.data),
+        "data": {name: shortened(v, 1000) if isinstance(v, str) else v for name, v in f.data.items()},
     }
 
 

@@ -1,7 +1,8 @@
 """What the web extension asks of the server: routes under /quantwire, in ComfyUI's server and in the embedded one.
 
-Handlers work in one thread of their own, in the context that they are called in (`hosts.use` chooses the host there),
-so that neither the event loop waits for a disk nor ten open tabs read the same headers at once. Everything heavy is
+Handlers work in threads of their own, in the context that they are called in (`hosts.use` chooses the host there), so
+that the event loop waits for no disk. Each route has one thread: ten open tabs do not read the same headers at once,
+and no size waits for a check, whose first one imports the libraries of the formats in the graph. Everything heavy is
 imported when a route is first asked.
 """
 
@@ -39,14 +40,19 @@ class BadRequest(Exception):
 
 
 @functools.cache
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "quantwire-editor")
+def _worker(work: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, f"quantwire-{work}")
 
 
 _waiting = 0
 
 
-async def _answer(request: Any, work: Callable[[dict[str, Any]], Any], body: bool = True) -> Any:
+def waiting() -> int:
+    """Questions that have no answer yet."""
+    return _waiting
+
+
+async def _answer(request: Any, work: Callable[[dict[str, Any]], Any], thread: str, body: bool = True) -> Any:
     """The JSON answer of `work`, which gets the request's JSON."""
     from aiohttp import web
 
@@ -58,7 +64,7 @@ async def _answer(request: Any, work: Callable[[dict[str, Any]], Any], body: boo
         _waiting += 1
         try:
             run = functools.partial(contextvars.copy_context().run, work, asked)
-            text = await asyncio.get_running_loop().run_in_executor(_worker(), lambda: json.dumps(run()))
+            text = await asyncio.get_running_loop().run_in_executor(_worker(thread), lambda: json.dumps(run()))
         finally:
             _waiting -= 1
         return web.Response(text=text, content_type="application/json")
@@ -73,6 +79,9 @@ async def _answer(request: Any, work: Callable[[dict[str, Any]], Any], body: boo
 
 async def _read(request: Any) -> dict[str, Any]:
     """Raises BadRequest: too large, or no JSON object."""
+    # A page of another site can send text and forms to this machine without asking first, and JSON not.
+    if request.content_type != "application/json":
+        raise BadRequest(f"The request is {request.content_type}; application/json is needed.", 415)
     parts: list[bytes] = []
     size = 0
     async for part in request.content.iter_chunked(1 << 16):
@@ -100,7 +109,7 @@ async def check(request: Any) -> Any:
             raise BadRequest("A `workflow` (the editor's form) or a `prompt` (API form) is needed, as a JSON object.")
         return check(workflow, prompt)
 
-    return await _answer(request, work)
+    return await _answer(request, work, "check")
 
 
 async def sizes(request: Any) -> Any:
@@ -121,7 +130,7 @@ async def sizes(request: Any) -> Any:
         found = sizes(data, nodes, _strings(asked, "formats"))
         return found[nodes[0]] if "node" in asked else {"nodes": found}
 
-    return await _answer(request, work)
+    return await _answer(request, work, "sizes")
 
 
 async def formats(request: Any) -> Any:
@@ -133,7 +142,7 @@ async def formats(request: Any) -> Any:
 
         return formats(probe)
 
-    return await _answer(request, work, body=False)
+    return await _answer(request, work, "check" if probe else "sizes", body=False)
 
 
 def _strings(asked: dict[str, Any], name: str) -> list[str] | None:

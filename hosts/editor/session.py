@@ -14,6 +14,7 @@ from ..lint.lint import Linter, Options
 # From one question to the next; what a file's header told is kept with its time and size.
 _headers = Headers()
 MOST_HEADERS = 2000
+MOST_NODES = 5000  # of a workflow, with those of its subgraphs; ten times the largest that was seen
 
 
 def linter() -> Linter:
@@ -35,7 +36,20 @@ def _options() -> Options:
 
         mode, server, folders = memory_state().mode, LiveTypes(), LiveFolders()
         return Options(
-            mode, HostName.COMFYUI, server=server, folders=folders, here=True, in_force=True, headers=_headers
+            *(mode, HostName.COMFYUI),
+            server=server,
+            folders=folders,
+            here=True,
+            in_force=True,
+            headers=_headers,
+            most_nodes=MOST_NODES,
         )
     # Nothing is offloaded there unless an OffloadCompat of the graph sets a mode.
-    return Options(OffloadMode.NONE, HostName.STANDALONE, folders=host, here=True, in_force=True, headers=_headers)
+    return Options(
+        *(OffloadMode.NONE, HostName.STANDALONE),
+        folders=host,
+        here=True,
+        in_force=True,
+        headers=_headers,
+        most_nodes=MOST_NODES,
+    )

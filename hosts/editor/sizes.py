@@ -6,6 +6,7 @@ loads the file, so that rules for single layers match and the number is the one 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from ...quantizers.registry import format_ids
 from ...quantizers.rules import KEEP, Rule, layer_name, matches, parse_rules
 from ...quantizers.spec import QuantSpec, canonical
 from .. import current
-from ..lint.graph import UNKNOWN, Graph, Node
+from ..lint.graph import UNKNOWN, Graph, Node, shortened
 from ..lint.lint import Linter
 from ..lint.sources import QUANTIZERS, configs
 from . import session
-from .upstream import NotKnown, file_of, files_behind
+from .upstream import NotKnown, file_of, files_behind, source_of
 
+log = logging.getLogger(__name__)
 ROLES = {"MODEL": Role.DIFFUSION, "CLIP": Role.TEXT, "CONTROL_NET": Role.CONTROLNET}
 LOADERS = ("LoadAndQuantize", "FitModel")
 CONVERTER = "ConvertModel"
@@ -90,16 +92,32 @@ def _answer(linter: Linter, graph: Graph, node_id: str, formats: Sequence[str] |
         return {"reason": str(err)}
     except (QuantwireError, OSError) as err:
         return {"reason": str(err).partition("\n")[0]}
+    except Exception as err:  # the other nodes of the request keep their answers; the log says why
+        log.exception("quantwire: no size for node %s", shortened(node_id, 60))
+        return {"reason": f"the server failed with {type(err).__name__}; its log says why."}
 
 
 def _chosen_in(graph: Graph, node: Node) -> list[str]:
     """The format that a node is set to; all of them for FitModel, which chooses one."""
     if node.class_type == "FitModel":
         return format_ids()
-    chosen = graph.literal(node, "format")
-    if not isinstance(chosen, str):
-        raise NotKnown("`format` comes from a link.")
-    return [chosen]
+    return [_text(graph, node, "format", None)]
+
+
+def _text(graph: Graph, node: Node, name: str, default: str | None = "") -> str:
+    """The text in a widget; the default, if there is one, where nothing is in it.
+
+    Raises:
+        NotKnown: it comes through a link, or is no text.
+    """
+    found = graph.literal(node, name)
+    if found is UNKNOWN:
+        raise NotKnown(f"`{name}` comes from a link.")
+    if found is None and default is not None:
+        return default
+    if not isinstance(found, str):
+        raise NotKnown(f"`{name}` is {shortened(repr(found), 60)}, and no text.")
+    return found
 
 
 def _told(base: int, found: Mapping[str, tuple[int | str, str]]) -> dict[str, Any]:
@@ -133,12 +151,10 @@ def _wanted(linter: Linter, graph: Graph, node: Node) -> Wanted:
     if held is not None and not dequantize and node.class_type != "FitModel":
         raise NotKnown(f"{held.source} is quantized already ({', '.join(held.formats)}).")
     config, rules = _config(graph, node)
-    keep = graph.literal(node, "keep_layers", "")
-    if keep is UNKNOWN:
-        raise NotKnown("`keep_layers` comes from a link.")
+    keep = _text(graph, node, "keep_layers")
     chosen, own = _encoders(graph, node, parts)
     lenient = graph.literal(node, "on_failure") == OnFailure.FULL_PRECISION.value
-    return Wanted(chosen, stamp, role, config, rules, patterns(str(keep)), own, lenient)
+    return Wanted(chosen, stamp, role, config, rules, patterns(keep), own, lenient)
 
 
 def _config(graph: Graph, node: Node) -> tuple[QuantSpec | None, tuple[Rule, ...]]:
@@ -147,7 +163,7 @@ def _config(graph: Graph, node: Node) -> tuple[QuantSpec | None, tuple[Rule, ...
     if link is None:
         return None, ()
     found = list(configs(graph, node))
-    source = graph.nodes[link.node_id]
+    source = source_of(graph, link)
     if not found or source.class_type not in ("QuantConfig", "QuantRules"):
         raise NotKnown(f"{source.place} makes the config when the graph runs.")
     config: QuantSpec | None = None
@@ -164,10 +180,8 @@ def _encoders(
     graph: Graph, node: Node, parts: tuple[ModelPart, ...]
 ) -> tuple[tuple[ModelPart, ...], Mapping[str, str] | None]:
     """The parts that are quantized, and the formats that `per_encoder` gives some of them."""
-    which, text = graph.literal(node, "encoders", ALL), graph.literal(node, "per_encoder", "")
-    if UNKNOWN in (which, text):
-        raise NotKnown("which encoders are quantized comes from a link.")
-    rules = {rule.pattern: rule.target for rule in map(canonical, parse_rules(str(text)))}
+    which, text = _text(graph, node, "encoders", ALL), _text(graph, node, "per_encoder")
+    rules = {rule.pattern: rule.target for rule in map(canonical, parse_rules(text))}
     if which == ALL and not rules:
         return parts, None
     if len(parts) > 1:
@@ -263,22 +277,22 @@ def _converted(linter: Linter, graph: Graph, node: Node, formats: Sequence[str] 
     from ...nodes import conversion
     from ...quantizers.rules import RuleSet
 
-    name, kind = node.values.get("model_name"), graph.literal(node, "type")
-    if not isinstance(name, str) or not name:
+    name, kind = _text(graph, node, "model_name"), _text(graph, node, "type", None)
+    if not name:
         raise NotKnown("no file is chosen in `model_name`.")
-    texts = {n: node.values.get(n, "") for n in ("keep_layers", "imatrix_name", "calibration_name")}
+    texts = {n: _text(graph, node, n) for n in ("keep_layers", "imatrix_name", "calibration_name")}
+    layout = _text(graph, node, "layout", "usual")
     config, rules = _config(graph, node)
     given = RuleSet(rules) if config is None else replace(config, rules=(*config.rules, *rules))
     source = conversion.resolve(name)
     found: dict[str, tuple[int | str, str]] = {}
     for one in formats if formats is not None else [kind]:
         try:
-            inputs = conversion.inputs_of(name, str(one), "", **texts)
-            layout = node.values.get("layout", "usual")
-            plan = conversion.run(inputs, given, True, True, "" if layout == "usual" else str(layout))
-            found[str(one)] = (int(plan.to_dict()["nbytes"]), "")
+            inputs = conversion.inputs_of(name, one, "", **texts)
+            plan = conversion.run(inputs, given, True, True, "" if layout == "usual" else layout)
+            found[one] = (int(plan.to_dict()["nbytes"]), "")
         except QuantwireError as err:
-            found[str(one)] = (str(err).partition("\n")[0], "")
+            found[one] = (str(err).partition("\n")[0], "")
     return _told(sum(path.stat().st_size for path in named_parts(source)), found)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..lint.graph import Graph, Node
+from ..lint.graph import Graph, Node, shortened
 from ..lint.lint import Linter
 from ..lint.sources import QUANTIZERS
+from ..standalone.workflow import Link
 
 # Kind of value -> the folders whose files become one.
 FOLDERS: Mapping[str, tuple[str, ...]] = {
@@ -33,7 +34,7 @@ def files_behind(linter: Linter, graph: Graph, node: Node, kind: str) -> tuple[P
     seen: set[str] = set()
     while (link := node.links.get(name)) is not None and link.node_id not in seen:
         seen.add(link.node_id)
-        source = graph.nodes[link.node_id]
+        source = source_of(graph, link)
         if source is start:
             raise NotKnown("its inputs come from its own outputs.")
         found = tuple(_files(linter, source, kind))
@@ -50,6 +51,14 @@ def files_behind(linter: Linter, graph: Graph, node: Node, kind: str) -> tuple[P
     if node.links.get(name) is None:
         raise NotKnown(f"nothing is linked to `{name}`.")
     raise NotKnown("its inputs come from its own outputs.")
+
+
+def source_of(graph: Graph, link: Link) -> Node:
+    """Raises NotKnown: the node is not in the workflow."""
+    source = graph.nodes.get(link.node_id)
+    if source is None:
+        raise NotKnown(f"node {shortened(link.node_id, 60)}, which it is linked to, is not in the workflow.")
+    return source
 
 
 def file_of(linter: Linter, node: Node, name: str) -> Path:

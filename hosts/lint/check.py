@@ -22,6 +22,7 @@ from .sources import QUANTIZERS, formats
 OF_THE_HOST = (("LoadGGUFTextEncoder", "type"), ("ConvertModel", "model_name"))
 NOT_A_FILE = ("none", "None", "[None]")
 MAKE_ONE = "`quantwire convert MODEL.safetensors MODEL.gguf --type Q8_0` makes one."
+MAKE_ONE_HERE = "The node ConvertModel makes one of a safetensors file."
 TRY_COMFYUI = "If the workflow is meant for ComfyUI, check it with --host comfyui."
 NAME_IT = "If a pack brings it: name it with --known, or check against your server with --server URL."
 CORE_PACK = "comfy-core"  # what the editor calls ComfyUI itself
@@ -160,7 +161,7 @@ class Checks:
             yield Finding(Level.ERROR, "no-output", None, message, ("Add a node such as SaveImage or PreviewImage.",))
 
     def without_dead_branches(self, found: list[Finding]) -> list[Finding]:
-        """ComfyUI leaves out an output that lacks an input and runs the others; a fault is one where none is left."""
+        """A server leaves out an output that lacks an input and runs the others; a fault is one where none is left."""
         lacking = {f.place.node_id for f in found if f.code == "missing-input" and f.place is not None}
         faulty = {f.place.node_id for f in found if f.level is Level.ERROR and f.place is not None}
         if not lacking or any(f.level is Level.ERROR and f.place is None for f in found):
@@ -172,7 +173,8 @@ class Checks:
         bad = reached(faulty, feeds)
         if not any(self.is_output(node) and node.id not in bad for node in self.graph.nodes.values()):
             return found
-        skipped = "; ComfyUI leaves out what needs it and runs the other outputs."
+        who = "ComfyUI" if self.host is HostName.COMFYUI else "the server"
+        skipped = f"; {who} leaves out what needs it and runs the other outputs."
         return [
             replace(f, level=Level.WARNING, message=f.message.rstrip(".") + skipped) if f.code == "missing-input" else f
             for f in found
@@ -284,7 +286,8 @@ class Checks:
                 message, remedies = found
                 url = node.downloads.get(value) if isinstance(value, str) else None
                 remedies = (f"The workflow names {shortened(url, 300)}.", *remedies) if url else remedies
-                remedies = (*remedies, MAKE_ONE) if node.class_type == "LoadGGUF" else remedies
+                make_one = MAKE_ONE_HERE if self.here else MAKE_ONE
+                remedies = (*remedies, make_one) if node.class_type == "LoadGGUF" else remedies
                 data = {"input": i.name, "file": value, "folder": i.folder}
                 yield Finding(Level.ERROR, "missing-model", node.place, f"{i.name}: {message}", remedies, data)
             elif isinstance(value, str) and (self.here or self.catalog.server is None):
@@ -310,7 +313,7 @@ class Checks:
             return None if value in choices else (f"{value!r} is not on the server.{hint}", ())
         if "." not in value and node.class_type not in self.own:
             return None  # `pixel_space`, `taesd`: a name that stands for no single file
-        return self.files.missing(i.folder, value, listed=node.class_type not in self.own)
+        return self.files.missing(i.folder, value, listed=node.class_type not in self.own, here=self.here)
 
     def runnable(self, node: Node) -> Iterator[Finding]:
         """Formats whose library is absent or does not run on this machine."""
@@ -343,12 +346,13 @@ class Checks:
 
 
 def embedded(
-    graph: Graph, source: str, classes: Mapping[str, type], missing: set[tuple[str, str]]
+    graph: Graph, source: str, classes: Mapping[str, type], missing: set[tuple[str, str]], *, here: bool = False
 ) -> Iterator[Finding]:
     """What the embedded host itself would refuse.
 
     Args:
         missing: (node id, input) of files that are reported already.
+        here: the host that runs, and nobody chose it with an option of the command line.
     """
     answered = {node_id for node_id, _ in missing}
     for p in validate(graph.prompt(source), classes).problems:
@@ -361,7 +365,8 @@ def embedded(
         elif not (p.kind == "required_input_missing" and (graph.open or p.input in node.filled)):
             code = CODES.get(p.kind, "bad-value")
             message = f"{p.input}: {p.message}" if p.input else p.message
-            yield Finding(Level.ERROR, code, node.place, message, (TRY_COMFYUI,), {"input": p.input or ""})
+            ways = () if here else (TRY_COMFYUI,)
+            yield Finding(Level.ERROR, code, node.place, message, ways, {"input": p.input or ""})
 
 
 CODES = {

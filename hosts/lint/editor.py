@@ -35,6 +35,7 @@ from .widgets import named_values, values_by_names
 
 NEVER, BYPASS = 2, 4
 MOST_NODES = 100_000  # what subgraphs inside subgraphs may become
+TOO_LARGE = "too-large"
 NOTES = (
     *("Note", "MarkdownNote", "Label (rgthree)", "Bookmark (rgthree)", "Fast Muter (rgthree)"),
     *("Fast Bypasser (rgthree)", "Fast Groups Muter (rgthree)", "Fast Groups Bypasser (rgthree)"),
@@ -86,13 +87,19 @@ def is_editor_form(data: object) -> bool:
     return isinstance(data, dict) and isinstance(data.get("nodes"), list)
 
 
-def read_editor(data: Mapping[str, Any], catalog: Catalog) -> Graph:
-    """The graph that the editor would queue.
+def read_editor(data: Mapping[str, Any], catalog: Catalog, most: int = MOST_NODES) -> Graph:
+    """The graph that the editor would queue; without a node, and with one finding, where it has more than `most`.
 
     Raises:
         WorkflowError: it has no node at all.
     """
-    return _Reader(data, catalog).run()
+    return _Reader(data, catalog).run(most)
+
+
+def too_large(most: int) -> Finding:
+    """Nothing else is told then: what stands in a part of a workflow is no answer about it."""
+    message = f"it has more than {most} nodes with those of its subgraphs; it was not checked."
+    return Finding(Level.ERROR, "too-large", None, message)
 
 
 class _Reader:
@@ -107,17 +114,14 @@ class _Reader:
     def add(self, level: Level, code: str, place: NodePlace | None, message: str, *remedies: str) -> None:
         self.findings.append(Finding(level, code, place, message, remedies))
 
-    def run(self) -> Graph:
+    def run(self, most: int) -> Graph:
         root = Instance(self.scope(self.data, ""))
         instances = [root]
         count = 0
         for instance in instances:  # grows while it is read
             count += len(instance.scope.nodes)
-            if count > MOST_NODES:
-                self.add(
-                    Level.ERROR, "too-large", None, f"its subgraphs become more than {MOST_NODES} nodes, not read on."
-                )
-                break
+            if count > most:
+                return Graph({}, "editor", (too_large(most),), True)
             instances.extend(self.children(instance))
         nodes: dict[str, Node] = {}
         broadcast = False

@@ -81,11 +81,14 @@ class ModelFiles:
             self._found[folder, name] = next((path for path in paths if os.path.isfile(path)), None)
         return self._found[folder, name]
 
-    def missing(self, folder: str, name: str, *, listed: bool) -> tuple[str, tuple[str, ...]] | None:
+    def missing(
+        self, folder: str, name: str, *, listed: bool, here: bool = False
+    ) -> tuple[str, tuple[str, ...]] | None:
         """(message, remedies) for a file that is not there; None where it is.
 
         Args:
             listed: only the names of the list count, as for ComfyUI's own loaders; else also another path to a file.
+            here: for a server that runs, whose folders no option can change.
         """
         names = self.names(folder)
         found = self.find(folder, name)
@@ -118,7 +121,8 @@ class ModelFiles:
         )
         message = f"{name!r} is not in {parts}.{hint or shown}"
         searched = ", ".join(str(m) for m in self.host.models)
-        return message, (f"Put the file there, or name the folder with --models (searched: {searched}).",)
+        way = "Put the file there" if here else "Put the file there, or name the folder with --models"
+        return message, (f"{way} (searched: {searched}).",)
 
     def dead_link(self, folder: str, name: str) -> str | None:
         """Where a link leads whose file is gone; None where there is no such link."""
@@ -137,14 +141,15 @@ class ModelFiles:
 
     def _header(self, path: Path) -> Header:
         key = _state(path)
-        if key not in self._headers.read:
+        found = self._headers.read.get(key)  # held here: another thread may clear the table
+        if found is None:
             try:
                 read = gguf_formats if path.suffix.lower() == ".gguf" else safetensors_formats
                 found = Header(tuple(read(path)) if path.suffix.lower() in SUFFIXES else ())
             except (FileError, OSError) as err:
                 found = Header((), str(err))
             self._headers.read[key] = found
-        return self._headers.read[key]
+        return found
 
     def layer_formats(self, path: Path) -> tuple[str, ...]:
         """Formats of all layers that are quantized in a model's files, by every scheme that LoadQuantized knows."""
@@ -153,13 +158,15 @@ class ModelFiles:
         from ...quantizers.files.whole_model import model_of
 
         key = _state(path)
-        if key not in self._headers.layers:
+        found = self._headers.layers.get(key)
+        if found is None:
             try:
                 layers = scan(open_model(model_of(path))).layers.values()
             except (FileError, OSError):
                 layers = ()
-            self._headers.layers[key] = tuple({layer.format_id: None for layer in layers if layer.format_id})
-        return self._headers.layers[key]
+            found = tuple({layer.format_id: None for layer in layers if layer.format_id})
+            self._headers.layers[key] = found
+        return found
 
     def fault(self, path: Path) -> str:
         """Why the header of a file cannot be read; empty where it can, and for files of other kinds."""

@@ -14,7 +14,7 @@ from ..standalone.folders import ModelFolders
 from ..standalone.workflow import parse_workflow, read_json
 from .catalog import Catalog, NodeType, core_nodes, foreign
 from .check import Checks, embedded, outputs
-from .editor import is_editor_form, read_editor
+from .editor import MOST_NODES, TOO_LARGE, is_editor_form, read_editor, too_large
 from .files import Headers, ModelFiles
 from .flow import COMPAT, Flow
 from .graph import Finding, Graph, Level, from_prompt, shortened
@@ -38,6 +38,7 @@ class Options:
         here: `server` is this process: its libraries and model files are those of the run.
         in_force: `offload` is what the host does now, which splits only what does not fit.
         headers: of model files that earlier checks have read.
+        most_nodes: of a workflow, with those of its subgraphs; a larger one is refused.
     """
 
     offload: OffloadMode | None = None
@@ -51,6 +52,7 @@ class Options:
     here: bool = False
     in_force: bool = False
     headers: Headers | None = None
+    most_nodes: int = MOST_NODES
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Linter:
 
     def _check(self, path: Path, graph: Graph) -> FileReport:
         host = self.options.host or self.host_of(graph)
+        if any(f.code == TOO_LARGE for f in graph.findings):
+            return FileReport(path, graph.findings, graph.form, host)
         roots = outputs(graph, self.catalog)
         live = graph.needed(roots) if roots else set(graph.nodes)
         findings = [*graph.findings]
@@ -150,11 +154,16 @@ class Linter:
             }
             if not self.options.find_models:
                 missing |= {(n.id, i) for n in graph.nodes.values() for i in self.file_inputs(n.class_type)}
-            found += embedded(graph, str(path), self.classes, missing)
+            found += embedded(graph, str(path), self.classes, missing, here=self.options.here)
+            found = checks.without_dead_branches(found) if self.options.here else found
         return FileReport(path, _sorted([*findings, *found], graph), graph.form, host, len(graph.nodes))
 
     def read(self, data: Any, source: str) -> Graph:
-        return read_editor(data, self.catalog) if is_editor_form(data) else from_prompt(parse_workflow(data, source))
+        most = self.options.most_nodes
+        if is_editor_form(data):
+            return read_editor(data, self.catalog, most)
+        prompt = parse_workflow(data, source)
+        return from_prompt(prompt) if len(prompt.nodes) <= most else Graph({}, "api", (too_large(most),), True)
 
     def file_inputs(self, class_type: str) -> list[str]:
         node_type = self.catalog.find(class_type)

@@ -230,6 +230,80 @@ def test_a_conflict_inside_a_subgraph(editor: Editor) -> None:
     editor.js("() => app.canvas.setGraph(app.graph)")
 
 
+UNKNOWN_INSIDE = {
+    "nodes": [{"id": 1, "type": "quantwire-test-box", "pos": [0, 0], "size": [200, 100], "inputs": [], "outputs": []}],
+    "links": [],
+    "version": 0.4,
+    "definitions": {
+        "subgraphs": [
+            {
+                "id": "quantwire-test-box",
+                "version": 1,
+                "name": "Box",
+                "state": {"lastNodeId": 5, "lastLinkId": 0, "lastGroupId": 0, "lastRerouteId": 0},
+                "revision": 0,
+                "config": {},
+                "inputNode": {"id": -10, "bounding": [0, 0, 100, 60]},
+                "outputNode": {"id": -20, "bounding": [500, 0, 100, 60]},
+                "inputs": [],
+                "outputs": [],
+                "widgets": [],
+                "nodes": [{"id": 5, "type": "NoSuchNode", "pos": [0, 0], "size": [200, 100], "mode": 0}],
+                "links": [],
+                "groups": [],
+            }
+        ]
+    },
+}
+
+
+def test_an_unknown_node_inside_a_subgraph_is_told(editor: Editor) -> None:
+    """A run would fail at it, as at one outside."""
+    editor.js("async (w) => { await app.loadGraphData(w); }", UNKNOWN_INSIDE)
+    editor.until("() => window.quantwire.findings().some((f) => f.code === 'unknown-node' && f.node === '1:5')")
+    editor.close_dialogs()
+
+
+def test_a_remedy_for_an_older_graph_is_not_applied(editor: Editor) -> None:
+    """A script changed another widget of the node and no check has followed yet: what cured then may not now."""
+    mark = load(editor)
+    node = editor.node("QuantizeModel")
+    mark.click()
+    card = editor.page.locator(".qw-card")
+    editor.js(
+        """(i) => { app.graph.getNodeById(i).widgets.find((w) => w.name === 'keep_layers').value = '*attn*';
+        [...document.querySelectorAll('.qw-apply')].find((b) => b.ariaLabel.includes('Set carrier')).click(); }""",
+        node,
+    )
+    editor.page.get_by_text("The workflow has changed since this was found").last.wait_for()
+    assert editor.widget(node, "carrier") == "library"
+    editor.page.keyboard.press("Escape")
+    editor.page.wait_for_timeout(500)
+    mark = block(editor)
+    if not card.count():
+        mark.click()
+    card.get_by_role("button", name="Apply: Set carrier").click()
+    until_clean(editor)
+
+
+@pytest.mark.slow
+def test_titles_are_no_html_in_the_menu(editor: Editor) -> None:
+    """Some menus of the editor take their entries for HTML; titles are what a stranger's file has."""
+    title = 'a<b>bold</b> <a href="https://example.org">log in</a>'
+    load(editor)
+    editor.js("(t) => { for (const n of app.graph._nodes) n.title = t; }", title)
+    editor.page.wait_for_timeout(1500)
+    editor.until("() => window.quantwire.findings().some((f) => f.title.includes('bold'))")
+    editor.click_node(editor.node("OffloadCompat"), "right")
+    entries = editor.page.get_by_text("quantwire: Set ")
+    entries.first.wait_for()
+    for entry in entries.all():
+        assert "bold" not in entry.inner_text()
+        assert entry.locator("b, a").count() == 0
+    entries.first.click()
+    until_clean(editor)
+
+
 def test_the_settings_decide_what_is_marked(editor: Editor) -> None:
     """A value that is no choice is an error, and not a conflict."""
     load(editor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from editor_page import Editor
@@ -107,6 +107,64 @@ def test_the_size_can_be_turned_off(editor: Editor, settings: None) -> None:
     editor.setting("quantwire.sizes", False)
     editor.until("() => !/iB/.test(window.app.graph._nodes.find((n) => n.type === 'QuantizeModel').widgets[0].label)")
     assert label(editor) == "format"
+
+
+def test_a_widget_that_the_user_renamed_keeps_its_name(editor: Editor) -> None:
+    """The editor offers what it shows, the size too, as the old name; only the name goes into the workflow's file."""
+    editor.load("quantized")
+    node = editor.node("QuantizeModel")
+    editor.until("(i) => /%/.test(window.app.graph.getNodeById(i).widgets[0].label ?? '')", node)
+    rename = """([i, name]) => { const n = window.app.graph.getNodeById(i), w = n.widgets[0];
+      w.label = name ?? w.label; n.inputs.find((s) => s.widget?.name === w.name).label = w.label; }"""
+    shown = "([i, name]) => window.app.graph.getNodeById(i).widgets[0].label?.startsWith(`${name} · `)"
+    saved = "(i) => window.app.graph.getNodeById(i).serialize().inputs.find((s) => s.widget?.name === 'format').label"
+    for given, kept in ((None, "format"), ("mine", "mine")):
+        editor.js(rename, [node, given])
+        editor.set_widget(node, "keep_layers", f"*{kept}*")
+        editor.set_widget(node, "keep_layers", "")
+        editor.until(shown, [node, kept])
+        assert editor.js("(i) => window.app.graph.getNodeById(i).widgets[0].label.split(' · ').length", node) == 2
+        assert editor.js(saved, node) == kept
+
+
+def test_hidden_is_one_node_and_not_its_kind(editor: Editor) -> None:
+    """Widgets of one class may share their options; a copy has the values of hidden widgets, too."""
+    editor.load("quantized")
+    node = editor.node("OffloadCompat")
+    editor.until("(i) => window.app.graph.getNodeById(i).widgets.some((w) => w.hidden)", node)
+    editor.set_widget(node, "blocks_per_group", 7)
+    other = editor.js(
+        """(i) => { const c = window.app.canvas, before = new Set(window.app.graph._nodes);
+        c.deselectAll(); (c.select ?? c.selectNode).call(c, window.app.graph.getNodeById(i));
+        c.copyToClipboard(); c.pasteFromClipboard();
+        return window.app.graph._nodes.find((n) => !before.has(n)).id; }""",
+        node,
+    )
+    assert editor.widget(other, "blocks_per_group") == 7
+    editor.set_widget(other, "mode", "group")
+    editor.until(
+        "(i) => !window.app.graph.getNodeById(i).widgets.find((w) => w.name === 'blocks_per_group').hidden", other
+    )
+    hidden = """(i) => { const w = window.app.graph.getNodeById(i).widgets.find((w) => w.name === 'blocks_per_group');
+      return [Boolean(w.hidden), Boolean(w.options.hidden)]; }"""
+    assert editor.js(hidden, other) == [False, False]
+    assert editor.js(hidden, node) == [True, True]
+
+
+@pytest.mark.slow
+def test_the_tooltip_of_a_format_is_chinese_where_the_editor_is(editor: Editor, new_tab: Callable[[], Editor]) -> None:
+    """The explanation of the widget and that of the size below it."""
+    editor.setting("Comfy.Locale", "zh")
+    try:
+        tab = new_tab()
+        tab.load("quantized")
+        node = tab.node("QuantizeModel")
+        tip = "(i) => window.app.graph.getNodeById(i).widgets[0].tooltip ?? ''"
+        tab.until("(i) => /预计大小/.test(window.app.graph.getNodeById(i).widgets[0].tooltip ?? '')", node)
+        tab.until("(i) => /权重要变成的格式/.test(window.app.graph.getNodeById(i).widgets[0].tooltip ?? '')", node)
+        assert "The format" not in tab.js(tip, node)
+    finally:
+        editor.setting("Comfy.Locale", "en")
 
 
 def test_only_the_options_of_the_mode_are_shown_and_no_value_is_lost(editor: Editor) -> None:

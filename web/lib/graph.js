@@ -85,9 +85,10 @@ export function question() {
   const prompt = {};
   const walk = (graph, prefix) => {
     for (const node of graph?.nodes ?? graph?._nodes ?? []) {
-      if (node.isVirtualNode || node.mode === NEVER || node.mode === BYPASS) continue;
+      if (node.mode === NEVER || node.mode === BYPASS) continue;
+      // A subgraph's node counts as virtual, for it is not sent; what is inside is.
       if (node.subgraph) walk(node.subgraph, `${prefix}${node.id}:`);
-      else prompt[`${prefix}${node.id}`] = { class_type: node.comfyClass ?? node.type };
+      else if (!node.isVirtualNode) prompt[`${prefix}${node.id}`] = { class_type: node.comfyClass ?? node.type };
     }
   };
   walk(root(), "");

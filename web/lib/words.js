@@ -25,6 +25,12 @@ const WORDS = {
   notApplied: ["Nothing was changed", "未作任何修改"],
   noNode: ["Node {node} is no longer in the graph.", "节点 {node} 已不在工作流中。"],
   noWidget: ["Node {node} has no widget {widget}, or a link sets it.", "节点 {node} 没有控件 {widget}，或其值由连线提供。"],
+  changedMeanwhile: [
+    "The workflow has changed since this was found. It is checked again now.",
+    "发现此问题之后工作流已被修改，现在重新检查。",
+  ],
+  menuSet: ["Set {settings} ({nodes})", "设置 {settings}（{nodes}）"],
+  subgraph: ["subgraph", "子图"],
   goTo: ["Go to node", "定位节点"],
   showAll: ["Show all", "查看全部"],
   close: ["Close", "关闭"],
@@ -75,11 +81,14 @@ const WORDS = {
   groupShown: ["Shown on nodes", "节点显示"],
 };
 
-/** @returns {"en" | "zh"} */
-export function locale() {
+/** The language that the editor is set to, as it calls it: en, zh, zh-TW, ... */
+export function language() {
   const set = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? app.ui?.settings?.getSettingValue?.("Comfy.Locale");
-  return String(set ?? navigator.language).toLowerCase().startsWith("zh") ? "zh" : "en";
+  return String(set ?? navigator.language);
 }
+
+/** @returns {"en" | "zh"} */
+export const locale = () => (language().toLowerCase().startsWith("zh") ? "zh" : "en");
 
 /**
  * @param {string} key

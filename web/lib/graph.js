@@ -6,7 +6,8 @@ import { app } from "../../../scripts/app.js";
 
 /** @typedef {{node: string | number, widget: string, value: unknown}} Change */
 
-export const root = () => app.rootGraph ?? app.graph;
+/** The outermost graph; undefined before the editor has one. (`app.rootGraph` writes an error to the console then.) */
+export const root = () => app.graph;
 export const shown = () => app.canvas?.graph ?? root();
 const NEVER = 2;
 const BYPASS = 4;

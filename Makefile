@@ -93,7 +93,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.browser: $(VENV)/.ready
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
 	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-wqy-microhei >/dev/null; } || \
+	  { apt-get update -qq || true; } && apt-get install -y -qq --no-install-recommends chromium fonts-wqy-microhei >/dev/null; } || \
 	  echo "no Chromium here, and it cannot be installed: the browser tests will be skipped"
 	@command -v chromium chromium-browser google-chrome >/dev/null && touch $@ || true
 

@@ -20,7 +20,12 @@ from quantwire.quantizers.spec import QuantSpec
 
 SUBJECTS = [Subject(case) for case in CASES]
 every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.case.uri)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+# float16 takes the ways of bfloat16 through the code, so that its rows are slow tests.
+SLOW_DTYPES = (torch.float16,)
+every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, id=n, marks=[pytest.mark.slow] * (d in SLOW_DTYPES)) for n, d in DTYPES.items()],
+)
 
 
 # The list

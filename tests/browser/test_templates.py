@@ -78,6 +78,7 @@ def test_offload_check_is_as_high_as_what_it_shows(editor: Editor, editor_server
     assert height - needed < 90, "room for what it says when it ran, and no more"
 
 
+@pytest.mark.slow
 def test_without_the_extension_the_editor_makes_nodes_higher_and_covers_none(
     browser: Browser, editor_server: EditorServer
 ) -> None:

@@ -186,6 +186,7 @@ def test_a_device_without_room_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     assert len(kept) == 3
 
 
+@pytest.mark.slow
 def test_counting_while_layers_come_and_go() -> None:
     """The sizes may be asked for from another thread, as a report does."""
     found = layers(4)

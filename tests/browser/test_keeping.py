@@ -89,6 +89,7 @@ def test_an_uploaded_picture_shows_in_load_image(editor: Editor, editor_server: 
         window.app.graph.add(n); window.app.canvas.ds.reset(); window.app.canvas.setDirty(true, true); }"""
     )
     editor.frames()
+    editor.take_errors("filename=undefined")  # front end 1.49.6 asks for the first picture of an empty folder
     node = editor.node("LoadImage")
     with editor.page.expect_file_chooser() as chooser:
         editor.js("(i) => window.app.graph.getNodeById(i).widgets.find((w) => w.type === 'button').callback()", node)
@@ -98,4 +99,5 @@ def test_an_uploaded_picture_shows_in_load_image(editor: Editor, editor_server: 
     assert shown.size == (48, 32)
     assert shown.getpixel((20, 20)) == (200, 30, 60)
     assert (editor_server.base / "input" / "uploaded.png").read_bytes() == picture.read_bytes()
+    editor.take_errors("filename=undefined")
     editor.shot("uploaded")

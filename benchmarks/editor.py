@@ -41,6 +41,9 @@ EDIT = """async ([mode, marked]) => {
   widget.value = mode;
   widget.callback?.(mode, window.app.canvas, node, node.pos);
   node.onWidgetChanged?.("mode", mode, null, widget);
+  // What the pointer's release does after an edit.
+  const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;
+  (tracker.captureCanvasState ?? tracker.checkState)?.call(tracker);
   while (!!document.querySelector(".qw-chip") !== marked) await new Promise((go) => requestAnimationFrame(go));
   return performance.now() - start;
 }"""

@@ -90,6 +90,29 @@ def new_tab(context: BrowserContext, editor_server: EditorServer) -> Iterator[Ca
     assert not errors, "\n".join(errors)
 
 
+@pytest.fixture
+def new_window(browser: Browser, editor_server: EditorServer) -> Iterator[Callable[[], Editor]]:
+    """Opens a tab of a user who was never here before, as for another language.
+
+    In the shared context the tab behind one that was opened in another language gets no workflow from the front end.
+    """
+    made: list[BrowserContext] = []
+    tabs: list[Editor] = []
+
+    def make() -> Editor:
+        made.append(browser.new_context(viewport=WINDOW, locale="en-US"))  # type: ignore[arg-type]
+        own_machine_alone(made[-1])
+        tabs.append(Editor(made[-1].new_page(), editor_server.url))
+        tabs[-1].open()
+        return tabs[-1]
+
+    yield make
+    errors = [e for tab in tabs for e in tab.errors]
+    for each in made:
+        each.close()
+    assert not errors, "\n".join(errors)
+
+
 @pytest.fixture(autouse=True)
 def no_page_errors(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the page reported as an error, and the test did not take, fails the test."""

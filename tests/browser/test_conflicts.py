@@ -375,10 +375,10 @@ def test_the_words_can_be_read_in_every_theme(editor: Editor, palette: str) -> N
 
 
 @pytest.mark.slow
-def test_the_words_are_chinese_where_the_editor_is(editor: Editor, new_tab: Callable[[], Editor]) -> None:
+def test_the_words_are_chinese_where_the_editor_is(editor: Editor, new_window: Callable[[], Editor]) -> None:
     editor.setting("Comfy.Locale", "zh")
     try:
-        tab = new_tab()
+        tab = new_window()
         mark = load(tab)
         assert mark.inner_text().startswith("冲突")
         tab.run_command("quantwire.check")
@@ -389,9 +389,9 @@ def test_the_words_are_chinese_where_the_editor_is(editor: Editor, new_tab: Call
 
 
 @pytest.mark.slow
-def test_a_server_without_the_route_is_told_of_once(new_tab: Callable[[], Editor]) -> None:
+def test_a_server_without_the_route_is_told_of_once(new_window: Callable[[], Editor]) -> None:
     """The answers of a server that lacks the route are made in the browser here: ComfyUI's 405, with its text."""
-    tab = new_tab()
+    tab = new_window()
     warnings: list[str] = []
     tab.page.on("console", lambda m: warnings.append(m.text) if m.type == "warning" and "quantwire" in m.text else None)
     sent: list[str] = []

@@ -152,11 +152,13 @@ def test_hidden_is_one_node_and_not_its_kind(editor: Editor) -> None:
 
 
 @pytest.mark.slow
-def test_the_tooltip_of_a_format_is_chinese_where_the_editor_is(editor: Editor, new_tab: Callable[[], Editor]) -> None:
+def test_the_tooltip_of_a_format_is_chinese_where_the_editor_is(
+    editor: Editor, new_window: Callable[[], Editor]
+) -> None:
     """The explanation of the widget and that of the size below it."""
     editor.setting("Comfy.Locale", "zh")
     try:
-        tab = new_tab()
+        tab = new_window()
         tab.load("quantized")
         node = tab.node("QuantizeModel")
         tip = "(i) => window.app.graph.getNodeById(i).widgets[0].tooltip ?? ''"

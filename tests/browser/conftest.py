@@ -1,7 +1,7 @@
 """The editor in a real browser: Debian's Chromium, driven by Playwright.
 
 Without a Chromium the tests are skipped with that reason; they fail instead where `QUANTWIRE_REQUIRE_BROWSER` is set.
-One server, one browser and one tab serve the session. A test fails on any error that the page reports and that the test
+One server, one browser and one tab serve all tests. A test fails on any error that the page reports and that the test
 did not take; it starts with the server idle, no dialog open, and the settings of a first start.
 """
 
@@ -38,7 +38,7 @@ def kind() -> str:
 
 @pytest.fixture(scope="session")
 def editor_server(kind: str, chromium: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditorServer]:
-    """The session's server; `chromium` first, so that nothing is started in vain."""
+    """The server of all tests; `chromium` first, so that nothing is started in vain."""
     with running(kind, tmp_path_factory.mktemp("editor"), os.environ.get("QUANTWIRE_FRONT_END")) as server:
         yield server
 
@@ -63,7 +63,7 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture(scope="session")
 def editor(context: BrowserContext, editor_server: EditorServer) -> Iterator[Editor]:
-    """The session's tab, with the editor ready; opening one takes seconds."""
+    """The tab of all tests, with the editor ready; opening one takes seconds."""
     tab = Editor(context.new_page(), editor_server.url)
     tab.open()
     # It covers nodes.

@@ -45,7 +45,7 @@ def variant(request: pytest.FixtureRequest) -> str:
 def server(
     variant: str, kind: str, chromium: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EditorServer]:
-    """The session's server; a further one where the front end is another."""
+    """The server of all tests; a further one where the front end is another."""
     if variant != "older_front_end":
         yield request.getfixturevalue("editor_server")
         return

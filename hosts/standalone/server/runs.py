@@ -169,7 +169,7 @@ class RunState:
                 run.fail(err, out_of_memory=False)
             _log.info("Prompt %s: %s after %.2f s", job.prompt_id, run.status, time.perf_counter() - start)
             self.history.add(job.prompt_id, run.entry())
-        except Exception:
+        except Exception:  # a full disk, say: the worker must live, and the next prompt has its turn
             _log.exception("the end of a run cannot be noted")
         finally:
             self.current = None

@@ -174,7 +174,7 @@ async def answers(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = error(400, str(err))
     except (ConnectionError, asyncio.CancelledError):
         raise  # nobody is left to answer
-    except Exception as err:
+    except Exception as err:  # the boundary: no traceback leaves the server, its log has it
         log.exception("%s %.200s failed", request.method, request.raw_path)
         response = error(500, f"The server failed: {type(err).__name__}. Its log says more.")
     if not response.prepared:
